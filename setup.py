@@ -1,0 +1,44 @@
+"""Packaging of newsrepro: everything that varies stands in settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+from pathlib import Path
+from shutil import copy2
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+root = Path(__file__).parent
+cfg = ConfigParser(delimiters=['='])
+cfg.read(root/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+
+
+class BuildWithNotebooks(build_py):
+    "A wheel has no `nbs` folder beside the package, so it carries the notebooks that `newsrepro reproduce` runs."
+    def run(self):
+        super().run()
+        target = Path(self.build_lib)/cfg['lib_name']/'notebooks'
+        target.mkdir(parents=True, exist_ok=True)
+        for notebook in sorted((root/cfg['nbs_path']).glob('[0-9]*.ipynb')): copy2(notebook, target)
+
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(root/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    url=cfg['git_url'],
+    license='Apache-2.0',
+    keywords=cfg['keywords'],
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
+                 'License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
+    python_requires='>=' + cfg['min_python'],
+    packages=[cfg['lib_path']],
+    package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_checkpoints/*', 'templates/*']},
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
+    entry_points={'console_scripts': cfg['console_scripts'].split()},
+    cmdclass={'build_py': BuildWithNotebooks},
+)
