@@ -6,11 +6,11 @@
 __all__ = ['PAPER_BACKBONES', 'MINI_DIR', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_BACKBONES', 'SUFFIXES', 'JIT_EXTRAS', 'Backbone',
            'find_backbone', 'hub_repository', 'openai_file', 'candidates', 'MissingCheckpoint', 'search_places',
            'find_checkpoint', 'read_weights', 'check_weights', 'preprocessing', 'tokenizer', 'Encoder', 'build_model',
-           'load_encoder', 'batches', 'encode_batch', 'open_image', 'prepared', 'encode', 'content_key', 'read_shard',
+           'load_encoder', 'batches', 'encode_batch', 'prepared', 'encode', 'content_key', 'read_shard',
            'EmbeddingStore', 'embed', 'encoding_cost']
 
 # %% ../nbs/04_embed.ipynb #imports
-import hashlib, json, os, time
+import hashlib, json, logging, os, time, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,12 +23,11 @@ import open_clip
 import torch
 from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import newsrepro
-from .data import InputError, atomic_path
+from .data import InputError, atomic_path, open_image
 
 # %% ../nbs/04_embed.ipynb #backbone
 @dataclass(frozen=True)
@@ -60,13 +59,13 @@ MINI_DIR = Path(newsrepro.__file__).parent/'mini_checkpoints'
 open_clip.add_model_config(MINI_DIR)
 
 MINI_BACKBONES = (
-    Backbone('RN50',           'mini-RN50',         'mini',  64, 64, 0.33),
+    Backbone('RN50',           'mini-RN50',         'mini',  64, 64, 0.34),
     Backbone('RN101',          'mini-RN101',        'mini',  64, 32, 0.37),
-    Backbone('RN50x4',         'mini-RN50x4',       'mini',  80, 40, 0.62),
+    Backbone('RN50x4',         'mini-RN50x4',       'mini',  80, 40, 0.63),
     Backbone('RN50x16',        'mini-RN50x16',      'mini', 112, 48, 0.85),
     Backbone('RN50x64',        'mini-RN50x64',      'mini', 128, 64, 1.59),
-    Backbone('ViT-B/32',       'mini-ViT-B-32',     'mini',  56, 32, 0.27),
-    Backbone('ViT-B/16',       'mini-ViT-B-16',     'mini',  56, 32, 0.27),
+    Backbone('ViT-B/32',       'mini-ViT-B-32',     'mini',  56, 32, 0.28),
+    Backbone('ViT-B/16',       'mini-ViT-B-16',     'mini',  56, 32, 0.28),
     Backbone('ViT-L/14',       'mini-ViT-L-14',     'mini',  64, 48, 0.73),
     Backbone('ViT-L/14@336px', 'mini-ViT-L-14-336', 'mini',  96, 48, 0.76),
     Backbone('ViT-H/14',       'mini-ViT-H-14',     'mini',  64, 64, 1.61, quick_gelu=False),
@@ -139,10 +138,9 @@ JIT_EXTRAS = ('input_resolution', 'context_length', 'vocab_size')
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     "The state dict in `path`; raises `InputError` where the file is corrupt or no checkpoint. No code of the file is run."
-    try: state = load_state_dict(str(path), weights_only=True)
-    except Exception as first:
-        try: state = torch.jit.load(str(path), map_location='cpu').state_dict()
-        except Exception: raise InputError(f'{path}: corrupt or no checkpoint ({str(first).splitlines()[0][:120]})') from None
+    with warnings.catch_warnings(action='ignore'):  # torch announces that it takes a TorchScript archive for one, and will not for ever
+        try: state = load_state_dict(str(path), weights_only=True)
+        except Exception as error: raise InputError(f'{path}: corrupt or no checkpoint ({str(error).splitlines()[0][:120]})') from None
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items() if key not in JIT_EXTRAS}
 
 def check_weights(state: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path, name: str) -> None:
@@ -191,7 +189,6 @@ class Encoder:
 # %% ../nbs/04_embed.ipynb #load-encoder
 def build_model(backbone: Backbone) -> torch.nn.Module:
     "The architecture under the activation its weights want, still without weights. For `load_encoder` and training only."
-    import logging
     root, level = logging.getLogger(), logging.getLogger().level
     root.setLevel(logging.ERROR)  # open_clip warns that the weights are random, which they are until the caller fills them
     try: return open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
@@ -231,12 +228,6 @@ def encode_batch(encoder: Encoder, batch: torch.Tensor,  # (n, 77) token ids or 
     return _normalised(features[:len(batch)])
 
 # %% ../nbs/04_embed.ipynb #decode
-def open_image(path: str | Path) -> Image.Image:
-    "The image in `path`, decoded, as RGB; raises `InputError` naming the file."
-    try:
-        with Image.open(path) as image: return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise InputError(f'{path}: not a readable image ({error})') from None
-
 def prepared(encoder: Encoder, items: Sequence[str], kind: str, size: int, workers: int) -> Iterator[torch.Tensor]:
     "Batches of token ids (`kind` 'text') or pixels (`kind` 'image'), decoded ahead by `workers` threads."
     if kind == 'text': yield from (encoder.tokenize(list(batch)) for batch in batches(items, size)); return

@@ -1,0 +1,403 @@
+"Reading collections: the official files, every fault named in the notebook, and properties of the table reader."
+import csv, json, os, shutil, subprocess, sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+import ftfy # registers the codec sloppy-windows-1252
+from PIL import Image
+
+from newsrepro.data import (InputError, ZHANG_SAMPLE, atomic_path, check_data, chronological_split, open_image, parse_dates, random_split, read_collection,
+    read_table, repair_mojibake, sample_pairs)
+
+OFFICIAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'newsimages2021'
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f'the official 2021 release is not at {OFFICIAL}')
+TEXTS, TRUTH = OFFICIAL/'MediaEvalNewsImagesBatch04articles.tsv', OFFICIAL/'content2019-04-gt.tsv'
+
+
+def write(path, rows, encoding='utf-8', delimiter='\t', end='\n'):
+    "`rows` is a list of lists, the header first."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w', encoding=encoding, newline='') as f: csv.writer(f, delimiter=delimiter, lineterminator=end).writerows(rows)
+    return path
+
+
+def picture(path, colour='red', size=(16, 12)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, colour).save(path)
+    return path
+
+
+def raises(contains, f, *args):
+    "`f` refuses with one line that contains each of `contains`."
+    with pytest.raises(InputError) as e: f(*args)
+    assert '\n' not in str(e.value)
+    for o in contains: assert o in str(e.value)
+
+
+# ---- tables ----
+
+texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'))
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(texts, texts)), st.sampled_from('\t,;'), st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16']))
+def test_a_table_comes_back_as_it_was_written(tmp_path_factory, rows, delimiter, encoding):
+    path = write(tmp_path_factory.mktemp('t')/'t.csv', [['n', 'a', 'b'], *[[i, *row] for i, row in enumerate(rows)]], encoding, delimiter, '\r\n')
+    table, notes = read_table(path)
+    assert table[['a', 'b']].values.tolist() == [list(row) for row in rows] and notes == []
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp('t')/'t.tsv'
+    path.write_bytes(raw)
+    try: read_table(path)
+    except InputError as e: assert str(path) in str(e) and '\n' not in str(e)
+
+@pytest.mark.parametrize('end', ['“', '”', '’', '…', '…“', '.“', '!“', '“ –', '“…', '»', '«', '– ', '€', ' €', '°'])
+def test_good_prose_is_never_altered(end):
+    "Umlauts before closing quotes look a little like mojibake."
+    for text in ('Das ist Spa' + o + end for o in 'äöüéèáàâêîôûíóúñçøåæa'): assert repair_mojibake(text) == text
+
+@pytest.mark.parametrize('text', ['it’s', '“so”', 'a – b', 'a — b', 'wait…', 'Türkiye', 'naïve résumé', '5 £', '41 °C', 'Cañon', '澳門每日時報'])
+def test_real_mojibake_is_undone(text): assert repair_mojibake(text.encode('utf-8').decode('sloppy-windows-1252')) == text
+
+def test_twice_damaged_text_is_repaired_and_counted(tmp_path):
+    table, notes = read_table(write(tmp_path/'a.csv', [['article_id', 'title'], ['1', 'donâ€™t'], ['2', 'FarÃƒÂ³'], ['3', 'fine – “so” it is']], delimiter=','))
+    assert table.title.tolist() == ['don’t', 'Faró', 'fine – “so” it is'] and notes == ["a.csv: mojibake repaired in column 'title' (rows: 2)"]
+
+def test_lines_of_two_encodings(tmp_path):
+    (tmp_path/'a.tsv').write_bytes('id\ttext\n1\tgrün\n'.encode() + '2\t„schön“\n'.encode('cp1252'))
+    table, notes = read_table(tmp_path/'a.tsv')
+    assert table.text.tolist() == ['grün', '„schön“'] and notes == ['a.tsv: read as Windows-1252, as it is not UTF-8 (lines: 1)']
+
+def test_blank_rows_short_rows_and_unnamed_columns(tmp_path):
+    (tmp_path/'a.tsv').write_text('# article\ttitle\t\r\n1\ta\r\n\t\t\r\n2\tb\t\r\n\r\n', newline='')
+    table, notes = read_table(tmp_path/'a.tsv')
+    assert table.to_dict('index') == {2: dict(article='1', title='a'), 4: dict(article='2', title='b')}
+    assert notes == ['a.tsv: blank rows dropped: 1']
+
+@pytest.mark.parametrize('raw, contains', [
+    (b'a\tb\n1\t\x81\n', ['line 2', '0x81']), (b'a\tb\n1\t2\t3\n', ['line 2', '3 fields']), (b'a\ta\n', ["'a' occurs twice"]),
+    (b'a\tb\n1\t"x\n2\ty\n', ['line 2', 'quote']), (b'\x89PNG\0\0', ['not a text table']), (b'\xff\xfea', ['UTF-16'])])
+def test_tables_that_are_refused(tmp_path, raw, contains):
+    (tmp_path/'a.tsv').write_bytes(raw)
+    raises([str(tmp_path/'a.tsv'), *contains], read_table, tmp_path/'a.tsv')
+
+def test_files_that_cannot_be_read(tmp_path):
+    raises(['absent.tsv', 'No such file'], read_table, tmp_path/'absent.tsv')
+    raises(['Is a directory'], read_table, tmp_path)
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_file_without_permission(tmp_path):
+    write(tmp_path/'a.tsv', [['article_id', 'title']]).chmod(0)
+    raises(['a.tsv', 'Permission denied'], read_collection, tmp_path)
+
+def test_parquet(tmp_path):
+    pytest.importorskip('pyarrow', reason='Parquet needs pyarrow')
+    pd.DataFrame(dict(article_id=[1, 2], title=['a', None], image_id=[7, None], date=pd.to_datetime(['2022-04-03', None]))).to_parquet(tmp_path/'a.parquet')
+    table, _ = read_table(tmp_path/'a.parquet')
+    assert table.values.tolist() == [['1', 'a', '7', '2022-04-03 00:00:00'], ['2', '', '', '']]
+    (tmp_path/'a.parquet').write_bytes(b'PAR1')
+    raises(['a.parquet', 'not a Parquet file'], read_table, tmp_path/'a.parquet')
+
+def test_parquet_without_an_engine(tmp_path, monkeypatch):
+    def no_engine(*_): raise ImportError
+    monkeypatch.setattr(pd, 'read_parquet', no_engine)
+    (tmp_path/'a.parquet').touch()
+    raises(['a.parquet', 'pip install pyarrow'], read_table, tmp_path/'a.parquet')
+
+def test_atomic_path_of_a_folder_and_where_it_cannot_be_written(tmp_path):
+    with atomic_path(tmp_path/'out') as p: (p).mkdir(); (p/'a').touch()
+    assert os.listdir(tmp_path) == ['out']
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path/'run.tsv') as p:
+        p.write_text('half')
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ['out']
+    (tmp_path/'file').touch()
+    raises(['cannot be written'], atomic_path(tmp_path/'file'/'a.tsv').__enter__)
+
+def test_dates():
+    dates = parse_dates(pd.Series(['2019-04-30', '30.04.2019', '20190430', '04/30/2019', 'x', '']))
+    assert dates.dtype == 'datetime64[ns]' and (dates[:4] == '2019-04-30').all() and dates[4:].isna().all()
+
+
+# ---- the official release of 2021 ----
+
+@pytest.fixture(scope='module')
+def news2021(): return read_collection(OFFICIAL)
+
+@official
+def test_official_test_texts_equal_those_of_the_truth(news2021):
+    truth, _ = read_table(TRUTH)
+    assert len(truth) == 1915
+    test = news2021.articles.query("split == 'test'").set_index('article_id').loc[truth.article]
+    assert test.title.tolist() == truth.title.tolist() and test.text.tolist() == truth.text.tolist()
+    assert test.image_id.tolist() == truth.iid.tolist()
+    assert news2021.subset(split='test').truth == dict(zip(truth.article, truth.iid))
+
+@official
+def test_latin_1_would_not_do():
+    truth = {row.url: row.text for row in read_table(TRUTH)[0].itertuples()}
+    equal = {}
+    for encoding in ('cp1252', 'latin-1'):
+        with TEXTS.open(encoding=encoding, newline='') as f:
+            equal[encoding] = sum(row['text'] == truth[row['url']] for row in csv.DictReader(f, delimiter='\t'))
+    assert equal == {'cp1252': 1915, 'latin-1': 1234}
+
+@official
+def test_check_data_of_the_official_release():
+    code = "import json; from newsrepro.data import check_data; print(json.dumps(check_data('DIR')))".replace('DIR', str(OFFICIAL))
+    said = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout)
+    assert said['layout'] == 'newsimages2021'
+    for split, n in dict(train=7530, test=1915).items():
+        assert (said['splits'][split]['articles'], said['splits'][split]['with_image'], said['splits'][split]['missing_image']) == (n, 0, n)
+    assert any('Windows-1252' in o for o in said['problems'])
+
+@official
+def test_the_pool_is_not_in_the_order_of_publication(news2021):
+    test = news2021.subset(split='test')
+    ids = test.images.image_id.astype(int).reset_index(drop=True)
+    assert abs(ids.corr(pd.Series(range(len(ids))))) < .05
+    published = pd.read_csv(OFFICIAL/'MediaEvalNewsImagesBatch04images.tsv', sep='\t', dtype=str).iid.dropna()
+    assert set(test.images.image_id) == set(published)
+
+@official
+def test_nothing_of_2021_is_usable_without_pictures_yet_the_denominator_stays(news2021):
+    rest, dropped = news2021.subset(split='test').usable()
+    assert len(rest.articles) == len(rest.images) == 0 and len(rest.truth) == 1915
+    assert dropped == {'articles: image missing': 1915, 'images: missing': 1915}
+
+
+# ---- official layouts, small ----
+
+LINKED = 'article aid url img iid hashvalue title text imgFile Date'.split()
+
+def official_set(root, name, n=4, text='Körper', en=False):
+    "Two training and two test pairs of the set `name`, as 2022 and 2023 lay them out."
+    row = lambda i: [f'a{i}', i, 'u', 'v', f'i{i}', 'h', f'Titel {i}', text, f'i{i}.jpg', f'2022-0{i+1}-01 10:00:00', *[f'title {i}', 'body'] * en]
+    columns = LINKED + ['titleEN', 'textEN'] * en
+    def take(file, rows, *names): write(root/name/f'{name}_{file}.tsv', [list(names), *[[dict(zip(columns, row(i)))[c] for c in names] for i in rows]])
+    take('train', (0, 1), *columns)
+    take('test_articles', (2, 3), *[c for c in columns if c not in ('img', 'iid', 'imgFile')])
+    take('test_images', (3, 2), 'img', 'iid', 'imgFile')
+    take('test_truth', (2, 3), *columns)
+    for i in range(n): picture(root/name/'images'/f'i{i}.jpg', ('red', 'blue', 'green', 'white')[i])
+    return root
+
+@pytest.fixture
+def news2022(tmp_path):
+    for name in ('RSS', 'RT', 'TW'): official_set(tmp_path/'n', name)
+    return tmp_path/'n'
+
+def test_2022(news2022):
+    c = read_collection(news2022)
+    assert (c.layout, c.datasets, c.name) == ('newsimages2022', ['RSS', 'RT', 'TW'], 'n')
+    assert c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'} and c.subset('RT', 'train').truth == {'a0': 'i0', 'a1': 'i1'}
+    assert (c.images.status == 'ok').all() and c.articles.date.notna().all()
+    assert dict(zip(c.articles.dataset, c.articles.lang)) == dict(RSS='en', RT='de', TW='en')
+    raises(['article ids repeat between RSS, RT, TW'], lambda: c.truth)
+    counts = check_data(news2022)['splits']['test']
+    assert counts['with_image'] == 6 and counts['datasets']['TW']['with_image'] == 2
+
+def test_2022_flat_with_the_columns_in_another_order(news2022):
+    for path in news2022.glob('*/*.tsv'): shutil.move(path, news2022)
+    shutil.move(news2022/'RT'/'images', news2022)
+    for path in news2022.glob('*.tsv'):
+        table = pd.read_csv(path, sep='\t', dtype=str)
+        table[sorted(table)].assign(more='x').to_csv(path, sep='\t', index=False)
+    for name in ('RSS', 'RT', 'TW'): shutil.rmtree(news2022/name)
+    c = read_collection(news2022)
+    assert c.datasets == ['RSS', 'RT', 'TW'] and (c.images.status == 'ok').all() and len(c.pairs) == 12
+
+def test_2022_without_truth(news2022):
+    for path in news2022.glob('*/*truth.tsv'): path.unlink()
+    c = read_collection(news2022).subset('TW', 'test')
+    assert c.truth == {} and len(c.articles) == len(c.images) == 2 and c.usable()[1] == {}
+    assert check_data(news2022)['splits']['test']['with_image'] == 6
+
+def test_2022_with_truth_only(news2022):
+    for path in news2022.glob('*/*test_[ai]*.tsv'): path.unlink()
+    assert read_collection(news2022).subset('RSS', 'test').truth == {'a2': 'i2', 'a3': 'i3'}
+
+def test_2023(tmp_path):
+    official_set(tmp_path, 'GDELT-P1', text='Angela Merkel;Berlin'), official_set(tmp_path, 'RT', en=True)
+    path = tmp_path/'RT'/'RT_train.tsv'
+    path.write_text('# ' + path.read_text())
+    c = read_collection(tmp_path)
+    assert c.layout == 'newsimages2023'
+    gdelt, rt = c.subset('GDELT-P1', 'train').articles.iloc[0], c.subset('RT', 'train').articles.iloc[0]
+    assert (gdelt.text, gdelt.tags, gdelt.lang) == ('', 'Angela Merkel;Berlin', 'en')
+    assert (rt.text, rt.tags, rt.title_en, rt.text_en) == ('Körper', '', 'title 0', 'body')
+
+def test_official_files_that_are_refused(news2022):
+    train = news2022/'RT'/'RT_train.tsv'
+    text = train.read_text()
+    train.write_text(text + text.splitlines()[1] + '\n')
+    raises([f'{train} line 4: article id a0 was given before, at {train} line 2'], read_collection, news2022)
+    train.write_text(text.replace('a1', 'a2'))
+    raises(['article id a2 was given before, at', 'RT_train.tsv line 3'], read_collection, news2022)
+    train.write_text(text.replace('a1\t', '\t'))
+    raises([f'{train} line 3: no article id'], read_collection, news2022)
+    train.write_text(text.replace('article', 'story'))
+    raises(['RT_train.tsv: no column article'], read_collection, news2022)
+    train.write_text(text.replace('i1\t', 'i0\t'))
+    raises([f'{train} line 3: image id i0 was given before'], read_collection, news2022)
+    train.write_text(text)
+    images = news2022/'RT'/'RT_test_images.tsv'
+    images.write_text(images.read_text() + images.read_text().splitlines()[1] + '\n')
+    raises([f'{images} line 4: image id i3 was given before, at {images} line 2'], read_collection, news2022)
+    shutil.rmtree(news2022/'RT')
+    write(news2022/'more.tsv', [LINKED])
+    raises(['more.tsv: of which set?'], read_collection, news2022)
+
+def test_half_a_collection_is_refused(tmp_path):
+    write(tmp_path/'texts.tsv', [['articleID', 'title', 'text'], ['1', 'a', 'b']])
+    raises([str(tmp_path), 'only articles found'], read_collection, tmp_path)
+
+def test_2025(tmp_path):
+    rows = [[i, 'u', f'donâ€™t {i}', 'tag;tag', f'I{i}', 'v'] for i in range(1, 9)]
+    write(tmp_path/'newsarticles.csv', [['article_id', 'article_url', 'article_title', 'article_tags', 'image_id', 'image_url'], *rows], 'utf-8-sig', ',')
+    for i in (1, 2, 3, 4, 5, 7): picture(tmp_path/'newsimages'/f'I{i}.jpg')
+    c = read_collection(tmp_path, n_test=2)
+    assert (c.layout, c.datasets, c.subset(split='test').truth) == ('newsimages2025', ['GDELT-P1-2025'], {'5': 'I5', '7': 'I7'})
+    assert (c.articles.title[0], c.articles.text[0], c.articles.tags[0]) == ('don’t 1', '', 'tag;tag')
+    assert c.usable()[1] == {'articles: image missing': 2, 'images: missing': 2}
+    assert len(read_collection(tmp_path).subset(split='test').articles) == 3 # half of six
+    assert 'the last 3 articles' in read_collection(tmp_path).problems[-1] and '1500 were wanted' in read_collection(tmp_path).problems[-1]
+
+
+# ---- the plain layout, and what can be wrong with pictures ----
+
+@pytest.fixture
+def plain(tmp_path):
+    names = ['fine', 'other', 'absent', 'half', 'page', 'empty', 'bomb', 'folder', 'link', '../../secret', str(tmp_path/'secret.jpg'), 'loop']
+    root = tmp_path/'data'
+    write(root/'news.csv', [['article_id', 'title', 'image_id', 'date'], *[[i, f'title {i}', o, f'2022-01-{i+1:02}'] for i, o in enumerate(names)]], delimiter=',')
+    images = root/'images'
+    whole = picture(images/'fine.jpg').read_bytes()
+    picture(images/'other.PNG', 'blue')
+    picture(tmp_path/'secret.jpg')
+    (images/'half.jpg').write_bytes(whole[:-100])
+    (images/'page.jpg').write_text('<!doctype html><title>404</title>')
+    (images/'empty.jpg').touch()
+    Image.new('1', (12_000, 12_000)).save(images/'bomb.png')
+    (images/'folder.jpg').mkdir()
+    (images/'link.jpg').symlink_to(tmp_path/'secret.jpg')
+    (images/'loop.jpg').symlink_to('loop.jpg')
+    return root
+
+def test_every_fault_of_a_picture_is_named_and_counted(plain):
+    c = read_collection(plain)
+    status = dict(zip(c.images.image_id.map(lambda i: Path(i).stem if '/' not in i else i), c.images.status))
+    assert status == dict(fine='ok', other='ok', absent='missing', half='broken', page='broken', empty='broken', bomb='oversized', folder='broken', link='outside',
+        loop='missing') | {'../../secret': 'outside', str(plain.parent/'secret.jpg'): 'outside'}
+    rest, dropped = c.usable()
+    assert rest.articles.article_id.tolist() == ['0', '1'] and len(rest.truth) == 12
+    assert dropped == {f'{what}{o}': n for what in ('articles: image ', 'images: ') for o, n in dict(broken=4, missing=2, outside=3, oversized=1).items()}
+    counts = check_data(plain)['splits']['train']
+    assert [counts[f'{o}_image'] for o in ('with', 'missing', 'broken', 'oversized', 'outside')] == [2, 2, 4, 1, 3]
+    assert open_image(c.images.set_index('image_id').path['other']).getpixel((0, 0)) == (0, 0, 255)
+
+def test_links_to_a_folder_of_pictures_are_fine(plain, tmp_path):
+    shutil.move(plain/'images', tmp_path/'store')
+    (plain/'images').symlink_to(tmp_path/'store')
+    assert (read_collection(plain).images.status == 'ok').sum() == 2
+
+@pytest.mark.parametrize('file', ['half.jpg', 'page.jpg', 'bomb.png', 'absent.jpg'])
+def test_open_image_refuses(plain, file): raises([file, 'not a usable picture'], open_image, plain/'images'/file)
+
+@pytest.mark.parametrize('mode', ['L', 'P', 'CMYK', '1'])
+def test_pictures_of_any_mode(tmp_path, mode):
+    path = tmp_path/('a.jpg' if mode in ('L', 'CMYK') else 'a.png')
+    Image.new(mode, (4, 4)).save(path)
+    assert open_image(path).mode == 'RGB'
+
+@pytest.mark.parametrize('place', ['', 'images', 'photos'])
+def test_where_pictures_may_lie(tmp_path, place):
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id'], ['1', 'a', 'x']])
+    picture(tmp_path/place/'x.webp')
+    assert read_collection(tmp_path).images.status.tolist() == ['ok']
+
+def test_plain_columns(tmp_path):
+    write(tmp_path/'t.tsv', [['split', 'dataset', 'lang', 'text', 'title', 'article_id', 'image_id', 'date'],
+        ['test', 'A', 'fr', 'x', 'a', '1', 'p', '2022-01-01'], ['', '', '', ' ', '', '2', 'p', 'never']])
+    c = read_collection(tmp_path)
+    assert c.articles[['split', 'dataset', 'lang']].values.tolist() == [['test', 'A', 'fr'], ['train', 't', '']]
+    assert 'dates not understood: 1' in c.problems and c.usable()[1]['articles: no text'] == 1
+
+def test_plain_tables_that_are_refused(tmp_path):
+    raises(['no known layout', 'found no table'], read_collection, tmp_path)
+    raises([str(tmp_path/'absent'), 'no such folder'], read_collection, tmp_path/'absent')
+    write(tmp_path/'t.csv', [['id', 'headline']], delimiter=',')
+    raises(['no known layout', 'article_id, title (plain)', 't.csv (id, headline)'], read_collection, tmp_path)
+    raises(['t.csv', 'a file; give the folder'], read_collection, tmp_path/'t.csv')
+    write(tmp_path/'t.csv', [['article_id', 'title', 'split'], ['1', 'a', 'val']], delimiter=',')
+    raises(["t.csv line 2: split is 'val'"], read_collection, tmp_path)
+    write(tmp_path/'t.csv', [['article_id', 'title'], ['1', 'a'], ['1', 'b']], delimiter=',')
+    raises(['t.csv line 3: article id 1 was given before', 't.csv line 2'], read_collection, tmp_path)
+    write(tmp_path/'u.csv', [['article_id', 'title']], delimiter=',')
+    raises(['several tables of articles: t.csv, u.csv'], read_collection, tmp_path)
+    (tmp_path/'u.csv').unlink(), (tmp_path/'newsarticles.csv').mkdir()
+    raises(['newsarticles.csv: cannot be read: Is a directory'], read_collection, tmp_path)
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id']])
+    raises(['t.tsv: no rows'], read_collection, tmp_path)
+
+@pytest.mark.parametrize('change', ['pixel', 'text', 'truth', 'missing'])
+def test_the_fingerprint_knows_content_and_not_place(plain, tmp_path, change):
+    before = read_collection(plain).fingerprint
+    moved = shutil.move(plain, tmp_path/'elsewhere')
+    assert read_collection(moved).fingerprint == before
+    table, image = moved/'news.csv', moved/'images'/'other.PNG'
+    if change == 'pixel':
+        with Image.open(image) as o: o.putpixel((3, 3), (0, 0, 254)); o.save(image)
+    if change == 'text': table.write_text(table.read_text().replace('title 3', 'title 3.'))
+    if change == 'truth': table.write_text(table.read_text().replace('title 0,fine', 'title 0,other'))
+    if change == 'missing': image.unlink()
+    assert read_collection(moved).fingerprint != before
+
+
+# ---- splits ----
+
+def many(root, name, n):
+    write(root/name/f'{name}_train.tsv', [LINKED, *[[i, i, '', '', f'{i}', '', f'title {i}', 'text', f'{i}.png', f'2022-01-{i%28+1:02}'] for i in range(n)]])
+    picture(root/name/'images'/'0.png', size=(1, 1))
+    for i in range(1, n): shutil.copy(root/name/'images'/'0.png', root/name/'images'/f'{i}.png')
+    return root
+
+def test_sample_has_its_composition_and_exactly_its_images(tmp_path):
+    for name, n in dict(TW=80, RSS=12, RT=30).items(): many(tmp_path, name, n)
+    c = read_collection(tmp_path)
+    assert sum(ZHANG_SAMPLE.values()) == 2000
+    part = sample_pairs(c, 40, seed=1)
+    assert part.articles.dataset.value_counts().to_dict() == dict(TW=30, RT=7, RSS=3)
+    assert len(part.truth) == 40 and sorted(part.truth.values()) == sorted(part.images.image_id) and part.images.image_id.is_unique
+    assert part.fingerprint == sample_pairs(c, 40, seed=1).fingerprint != sample_pairs(c, 40, seed=2).fingerprint
+    small = sample_pairs(c)
+    assert 'TW 80' in small.problems[-1] and '2000 were wanted' in small.problems[-1]
+    assert 0 < len(small.truth) == sum(small.articles.dataset.value_counts().to_dict().values()) <= 122
+    assert 'drawn from all sets together' in sample_pairs(c.subset('RT')).problems[-1] and len(sample_pairs(c.subset('RT')).truth) == 30
+    assert len(sample_pairs(c, 10, composition=None).truth) == 10
+
+def test_sample_of_nothing(tmp_path):
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id'], ['1', 'a', 'x']])
+    part = sample_pairs(read_collection(tmp_path))
+    assert len(part.articles) == len(part.images) == 0 and '0 of 0' in part.problems[-1]
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.none(), st.integers(1, 5)), min_size=1, max_size=30).filter(any), st.floats(.05, .95))
+def test_chronological_split_holds_out_what_is_newest(days, fraction):
+    articles = pd.DataFrame(dict(article_id=[str(i) for i in range(len(days))], date=pd.to_datetime([d and f'2022-01-0{d}' for d in days])))
+    old, new = chronological_split(articles, fraction)
+    assert sorted([*old.article_id, *new.article_id]) == sorted(articles.article_id) and len(old) == round(fraction * len(days))
+    if old.date.notna().any() and len(new): assert old.date.max() <= new.date.min()
+    ties = pd.concat([old, new])
+    assert all(rows.article_id.astype(int).is_monotonic_increasing for _, rows in ties.groupby('date', dropna=False))
+
+def test_splits_that_are_refused():
+    articles = pd.DataFrame(dict(dataset='A', article_id=['1'], date=pd.to_datetime([None])))
+    raises(['no article has a date'], chronological_split, articles)
+    raises(['fraction 2: must lie between 0 and 1'], random_split, articles, 2)

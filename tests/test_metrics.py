@@ -1,0 +1,111 @@
+"The measures against a plain restatement of the official rules and against `ranx`, on random runs."
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from newsrepro.metrics import MEASURES, measure, rank_by_score, rank_of_truth, summarise, tie_order
+
+steady = settings(deadline=None, derandomize=True)
+
+
+def official(retrieved: dict, truth: dict) -> dict:
+    "The organisers' rules, sentence by sentence: first right id among the first 100, sums over the found, divided by all"
+    positions = []
+    for article, image in truth.items():
+        for position, candidate in enumerate(retrieved.get(article, [])[:100], start=1):
+            if candidate == image:
+                positions.append(position)
+                break
+    scores = {'MRR@100': sum(1 / p for p in positions) / len(truth)}
+    return scores | {f'R@{k}': sum(p <= k for p in positions) / len(truth) for k in (1, 5, 10, 20, 50, 100)}
+
+
+@st.composite
+def runs(draw):
+    "A truth over a pool with images of no article, and lists: missing, empty, short, full or longer than 100"
+    n_articles, n_images = draw(st.integers(1, 12)), draw(st.integers(12, 130))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    pool = [f'i{j}' for j in range(n_images)]
+    truth = {f'a{j}': pool[j] for j in rng.permutation(n_articles)}
+    lengths = draw(st.lists(st.none() | st.integers(0, n_images), min_size=n_articles, max_size=n_articles))
+    retrieved = {a: rng.permutation(pool)[:k].tolist() for a, k in zip(truth, lengths) if k is not None}
+    return retrieved, truth
+
+
+@steady
+@given(runs())
+def test_measures_are_the_official_ones(run):
+    scores, expected = summarise(rank_of_truth(*run)), official(*run)
+    assert list(scores) == list(MEASURES)
+    assert scores == pytest.approx(expected, abs=1e-12)
+
+
+@steady
+@given(runs())
+def test_rank_depth_and_cut_off_agree(run):
+    deep = rank_of_truth(*run, depth=None)
+    for k in (1, 10, 100):
+        cut = rank_of_truth(*run, depth=k)
+        assert np.array_equal(cut, np.where(deep <= k, deep, 0))
+        assert np.array_equal(measure(cut, f'MRR@{k}'), measure(deep, f'MRR@{k}'))
+
+
+@steady
+@given(st.lists(st.text(), unique=True, min_size=1), st.randoms())
+def test_tie_order_is_a_permutation_that_forgets_the_stored_order(ids, random):
+    assert sorted(tie_order(ids)) == list(range(len(ids)))
+    shuffled = random.sample(ids, len(ids))
+    assert [ids[j] for j in tie_order(ids)] == [shuffled[j] for j in tie_order(shuffled)]
+
+
+@settings(steady, max_examples=50)
+@given(st.integers(0, 2**32), st.integers(1, 3))
+def test_equal_scores_favour_no_image(seed, levels):
+    "Coarse scores that know nothing: renaming the images moves the mean to chance, and no stored place is better off"
+    rng = np.random.default_rng(seed)
+    n = 211
+    scores = rng.integers(0, levels, (n, n))
+    names = [f'{x:x}' for x in rng.permutation(10**6)[:n]]
+    lists = rank_by_score(scores, names, depth=n)
+    ranks = rank_of_truth(dict(enumerate(lists.tolist())), {i: i for i in range(n)}, depth=n)
+    # ranks of a blind scorer are uniform over 1..n; five standard errors of their mean
+    for part in (ranks, ranks[:n // 2], ranks[n // 2:]):
+        assert abs(part.mean() - (n + 1) / 2) < 5 * n / (12 * len(part))**.5
+
+
+@pytest.fixture(scope='module')
+def ranx():
+    "ranx without compilation, which takes longer than all of these tests"
+    with pytest.MonkeyPatch.context() as patch:
+        if 'NUMBA_DISABLE_JIT' not in os.environ: patch.setenv('NUMBA_DISABLE_JIT', '1')
+        yield pytest.importorskip('ranx')
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ranx_agrees(ranx, seed):
+    "Runs with ties, missing articles and short lists; ranx sorts by score, so it gets the place in the list as one"
+    rng = np.random.default_rng(seed)
+    n, m = 37, 131
+    images, articles = [f'i{j}' for j in range(m)], [f'a{j}' for j in range(n)]
+    truth = {a: images[j] for a, j in zip(articles, rng.permutation(m))}
+    scores = rng.integers(0, 9, (n, m)).astype(float)
+    scores[np.arange(n), [images.index(i) for i in truth.values()]] += rng.integers(0, 4, n)
+    lists = rank_by_score(scores, images, depth=m)
+    lengths = rng.choice([0, 1, 7, 99, 100, m], n)
+    retrieved = {a: [images[j] for j in row[:k]] for a, row, k in zip(articles, lists, lengths) if k}
+    assert len(retrieved) < n and any(len(x) < 100 for x in retrieved.values())
+
+    qrels = ranx.Qrels({a: {i: 1} for a, i in truth.items()})
+    run = ranx.Run({a: {i: 1 / place for place, i in enumerate(x, start=1)} for a, x in retrieved.items()})
+    ks = (1, 5, 10, 20, 50, 100)
+    names = ['mrr@100', *(f'{kind}@{k}' for kind in ('recall', 'hit_rate') for k in ks)]
+    theirs = ranx.evaluate(qrels, run, names, make_comparable=True)   # adds the missing articles, as not found
+
+    ours = summarise(rank_of_truth(retrieved, truth))
+    assert 0 < ours['R@1'] < ours['R@100'] < 1
+    assert ours['MRR@100'] == pytest.approx(theirs['mrr@100'])
+    for k in ks:
+        assert ours[f'R@{k}'] == pytest.approx(theirs[f'recall@{k}']) == pytest.approx(theirs[f'hit_rate@{k}'])

@@ -1,0 +1,141 @@
+"Run files: round trips, damaged input, and the official 2021 truth where it is at hand."
+import csv
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from newsrepro.data import InputError
+from newsrepro.metrics import MEASURES
+from newsrepro.runs import compare_files, deobfuscate, evaluate_files, obfuscate, read_run, read_truth, write_run
+
+steady = settings(deadline=None, derandomize=True)
+OFFICIAL = Path(__file__).resolve().parents[2] / 'shared/data/newsimages2021'
+official_data = pytest.mark.skipif(not OFFICIAL.is_dir(), reason='needs the official NewsImages 2021 release beside the clone, in shared/data')
+
+
+@steady
+@given(st.integers(0, 10**9 - 1).map('{:09}'.format))
+def test_obfuscation_and_back(article):
+    assert deobfuscate(obfuscate(article)) == article
+
+
+ids = st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=12)
+
+@steady
+@given(run=st.dictionaries(ids, st.lists(ids, min_size=1, max_size=8, unique=True), min_size=1, max_size=8), header=st.booleans())
+def test_a_run_that_can_be_written_is_read_back(tmp_path_factory, run, header):
+    path = tmp_path_factory.mktemp('run') / 'run.tsv'
+    try: write_run(path, run, header=header)
+    except InputError as e:
+        assert str(path) in str(e) and '\n' not in str(e) and not path.exists()
+    else:
+        assert read_run(path, shortest=1) == {a: tuple(images) for a, images in run.items()}
+
+
+def test_a_run_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / 'deeper' / 'run.tsv'
+    write_run(path, {'a': ['i', 'j']})
+    before = path.read_bytes()
+    for bad in ({'a': ['\ud800']}, {'a': ['i', 'i']}):
+        with pytest.raises(ValueError): write_run(path, bad)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ['run.tsv']
+
+
+pieces = st.sampled_from([b'a', b'i', b'\t', b'\n', b'\r', b'"', b'\0', b'\xff', b'\xef\xbb\xbf', b'articleID', b'\xc3\xa9', b' '])
+
+@steady
+@given(st.lists(pieces | st.binary(max_size=3), max_size=40).map(b''.join))
+def test_damaged_files_are_refused_in_one_line(tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp('run') / 'run.tsv'
+    path.write_bytes(raw)
+    try: run = read_run(path, shortest=1)
+    except InputError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
+    else: assert run and all(a and images and all(images) for a, images in run.items())
+
+
+def test_evaluation_starts_fast(tmp_path):
+    "Nothing slow to import on the way to an evaluation"
+    (tmp_path / 'gt.csv').write_text('article_id,image_id\na,i\nb,j\n')
+    write_run(tmp_path / 'run.tsv', {'a': ['i', 'j']})
+    script = ('import sys; from newsrepro.runs import evaluate_files; assert evaluate_files(*sys.argv[1:])["R@1"] == 1/2; '
+              'assert not {"torch", "scipy", "transformers", "open_clip", "matplotlib"} & set(sys.modules)')
+    subprocess.run([sys.executable, '-c', script, tmp_path / 'run.tsv', tmp_path / 'gt.csv'], check=True)
+
+
+def by_the_official_rules(run: Path, truth: Path) -> dict:
+    "The organisers' rules on files, restated without a line of the package"
+    with truth.open(encoding='utf-8', newline='') as f:
+        right = {r[0]: r[4] for r in csv.reader(f, delimiter='\t') if r[0].isdigit()}
+    positions = []
+    with run.open(encoding='utf-8', newline='') as f:
+        for name, *images in csv.reader(f, delimiter='\t'):
+            if not name.isdigit(): continue   # a header
+            image = right[name[6:10] + name[1:6]]
+            if image in images[:100]: positions.append(1 + images.index(image))
+    scores = {'n': len(right), 'found': len(positions), 'MRR@100': sum(1 / p for p in positions) / len(right)}
+    return scores | {f'R@{k}': sum(p <= k for p in positions) / len(right) for k in (1, 5, 10, 20, 50, 100)}
+
+
+@pytest.fixture(scope='module')
+def truth():
+    return read_truth(OFFICIAL / 'content2019-04-gt.tsv')
+
+
+def random_run(truth, seed: int, found: float, missing: float, width: int = 100) -> dict:
+    "Lists of random images, in random order of articles, with the right image somewhere in a share of them"
+    rng, pool = random.Random(seed), sorted(truth.pool)
+    run = {}
+    for article in rng.sample(sorted(truth.image_of), len(truth.image_of)):
+        if rng.random() < missing: continue
+        images = [i for i in rng.sample(pool, width + 1) if i != truth.image_of[article]][:width]
+        if rng.random() < found: images[min(int(rng.expovariate(1 / 12)), width - 1)] = truth.image_of[article]
+        run[article] = images
+    return run
+
+
+@official_data
+@pytest.mark.parametrize('seed, found, missing, width', [(1, 1, 0, 100), (2, .5, 0, 100), (3, .7, .3, 100), (4, .05, .9, 150)])
+def test_official_release(tmp_path, truth, seed, found, missing, width):
+    run = random_run(truth, seed, found, missing, width)
+    write_run(tmp_path / 'run.tsv', run, obfuscated=True)
+    scores = evaluate_files(tmp_path / 'run.tsv', OFFICIAL / 'content2019-04-gt.tsv')
+    assert list(scores) == ['n', 'found', *MEASURES] and scores['n'] == 1915
+    assert scores == pytest.approx(by_the_official_rules(tmp_path / 'run.tsv', OFFICIAL / 'content2019-04-gt.tsv'), abs=1e-12)
+
+
+@official_data
+def test_official_articles_go_by_any_of_their_names(tmp_path, truth):
+    run = random_run(truth, 5, .5, .1)
+    url_of = {article: name for name, article in truth.alias.items() if name.startswith('http')}
+    write_run(tmp_path / 'real.tsv', run)
+    write_run(tmp_path / 'obfuscated.tsv', run, obfuscated=True)
+    write_run(tmp_path / 'url.tsv', {url_of[a]: images for a, images in run.items()}, header=False)
+    scores = [evaluate_files(tmp_path / f'{name}.tsv', OFFICIAL / 'content2019-04-gt.tsv') for name in ('real', 'obfuscated', 'url')]
+    assert scores[0] == scores[1] == scores[2]
+    assert evaluate_files(tmp_path / 'url.tsv', OFFICIAL) == scores[0]   # the collection's folder is a truth too
+
+
+@official_data
+def test_official_pool_and_test_articles(truth):
+    with (OFFICIAL / 'MediaEvalNewsImagesBatch04articles.tsv').open(encoding='cp1252', newline='') as f:
+        public = {r[0] for r in csv.reader(f, delimiter='\t') if r and r[0].isdigit()}
+    assert public == {obfuscate(a) for a in truth.image_of}
+    assert {truth.article(a) for a in public} == set(truth.image_of)
+
+
+@official_data
+def test_official_comparison(tmp_path):
+    truth = OFFICIAL / 'content2019-04-gt.tsv'
+    good, bad = (random_run(read_truth(truth), 6, found, 0) for found in (.6, .5))
+    write_run(tmp_path / 'good.tsv', good); write_run(tmp_path / 'bad.tsv', bad)
+    result = compare_files(tmp_path / 'good.tsv', tmp_path / 'bad.tsv', truth)
+    assert list(result) == ['n', 'metric', 'a', 'b', 'difference', 'ci95', 'p_value']
+    assert result['difference'] == pytest.approx(result['a'] - result['b'])
+    assert result['ci95'][0] < result['difference'] < result['ci95'][1]
+    back = compare_files(tmp_path / 'bad.tsv', tmp_path / 'good.tsv', truth)
+    assert back['difference'] == -result['difference'] and back['p_value'] == result['p_value'] < .01
