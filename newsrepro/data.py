@@ -292,7 +292,8 @@ class Collection:
 
     @property
     def truth(self) -> dict[str, str]: # article id -> image id, the denominator of the official measures
-        if self.pairs.article_id.duplicated().any(): raise InputError(f"{self.name}: article ids repeat between {', '.join(self.datasets)}; take one by subset(dataset=...)")
+        if self.pairs.article_id.duplicated().any():
+            raise InputError(f"{self.name}: article ids repeat between {', '.join(self.datasets)}; take one by subset(dataset=...)")
         return dict(zip(self.pairs.article_id, self.pairs.image_id))
 
     def subset(self, dataset: str|None = None, split: str|None = None) -> 'Collection': return _subset(self, dataset, split)
@@ -358,7 +359,8 @@ def _article_rows(
     split: str|pd.Series
 ) -> pd.DataFrame: # all columns of `Collection.articles`, dates still text
     extra = [c for c in ('tags', 'title_en', 'text_en') if c in table]
-    rows = table.assign(dataset=dataset, split=split).reindex(columns=['dataset', 'split', 'article_id', 'url', 'title', 'text', 'lang', 'date', 'image_id', *extra, 'place'], fill_value='')
+    columns = ['dataset', 'split', 'article_id', 'url', 'title', 'text', 'lang', 'date', 'image_id', *extra, 'place']
+    rows = table.assign(dataset=dataset, split=split).reindex(columns=columns, fill_value='')
     return rows.assign(lang=rows.lang.where(rows.lang != '', rows.dataset.map(_LANGUAGES).fillna('')))
 
 def _image_rows(
@@ -409,9 +411,8 @@ def _collect(
     articles = articles.drop(columns='place').assign(date=dates).reset_index(drop=True)
     return Collection(root.resolve().name, layout, root, articles, images, tuple(problems))
 
-# %% ../nbs/00_data.ipynb #role
+# %% ../nbs/00_data.ipynb #sets
 _SETS = re.compile('(?<![a-z])(?:gdelt[-_ ]?p?([12])|(rss|rt|tw))(?![a-z])', re.I)
-_TRUTH = re.compile('(?<![a-z])(gt|truth|test)(?![a-z])', re.I)
 
 def _set_of(
     path: Path # of a table, relative to the collection
@@ -419,6 +420,20 @@ def _set_of(
     "The set that the name of a file, or else of its folder, mentions."
     found = filter(None, map(_SETS.search, [path.stem, *reversed(path.parent.parts)]))
     return next((f'GDELT-P{m[1]}' if m[1] else m[2].upper() for m in found), '')
+
+def _sets_of(
+    root: Path,
+    paths: list[Path] # official tables in it
+) -> dict[Path, str]: # table -> its data set; that of 2021 has no sets
+    "Raises `InputError` where only some of the names tell a set."
+    sets = {path: _set_of(path.relative_to(root)) for path in paths}
+    if not any(sets.values()): return dict.fromkeys(paths, 'newsimages2021')
+    if stray := [path for path in paths if not sets[path]]:
+        raise InputError(f"{stray[0]}: of which set? Put it in a folder named like the others ({', '.join(sorted(set(sets.values()) - {''}))})")
+    return sets
+
+# %% ../nbs/00_data.ipynb #role
+_TRUTH = re.compile('(?<![a-z])(gt|truth|test)(?![a-z])', re.I)
 
 def _role(
     table: pd.DataFrame, # standard columns
@@ -467,23 +482,21 @@ def _read_official(
 ) -> Collection:
     "Read NewsImages 2021, 2022 or 2023."
     articles, images, problems = [], [], []
-    sets = {path: _set_of(path.relative_to(root)) for path in paths}
-    if any(sets.values()) and (stray := [path for path in paths if not sets[path]]):
-        raise InputError(f"{stray[0]}: of which set? Put it in a folder named like the others ({', '.join(sorted(set(filter(None, sets.values()))))})")
-    for path in paths:
+    for path, dataset in _sets_of(root, paths).items():
         table, notes = read_table(path)
-        table, dataset = _standard(table, path), sets[path] or 'newsimages2021'
+        table = _standard(table, path)
         role = _role(table, path.relative_to(root))
-        if not sets[path] and role == 'articles' and table.article_id.str.fullmatch(r'1\d{9}').all(): table['article_id'] = table.article_id.map(_real_id)
         split = 'train' if role == 'train' else 'test'
+        if dataset == 'newsimages2021' and role == 'articles' and table.article_id.str.fullmatch(r'1\d{9}').all():
+            table['article_id'] = table.article_id.map(_real_id)
         if dataset.startswith('GDELT'): table = table.rename(columns={'text': 'tags'})
         if role != 'images': articles.append(_article_rows(table, dataset, split).assign(role=role))
         if role != 'articles': images.append(_image_rows(table, dataset, split, _picture_folder(path.parent)).assign(role=role))
         problems += notes
     if not (articles and images): raise InputError(f"{root}: only {'articles' if articles else 'images'} found; the other table is missing")
     articles, images, more = _join_truth(pd.concat(articles).fillna(''), pd.concat(images))
-    later = any(o.startswith('GDELT') for o in sets.values()) or 'title_en' in articles
-    layout = 'newsimages2023' if later else 'newsimages2022' if any(sets.values()) else 'newsimages2021'
+    later = articles.dataset.str.startswith('GDELT').any() or 'title_en' in articles
+    layout = 'newsimages2021' if (articles.dataset == 'newsimages2021').all() else 'newsimages2023' if later else 'newsimages2022'
     return _collect(root, layout, articles, images, problems + more)
 
 # %% ../nbs/00_data.ipynb #single-table
@@ -560,7 +573,8 @@ def read_collection(
     if len(single) > 1: raise InputError(f"{root}: several tables of articles: {', '.join(p.name for p in single)}; keep one")
     if not single:
         found = '; '.join(f"{path.name} ({', '.join(c)[:80]})" for path, c in list(columns.items())[:3])
-        raise InputError(f'{root}: no known layout; looked for tables with columns article, iid, title (2021 to 2023), article_id, article_title, image_id (2025) or article_id, title (plain); found {found or "no table"}')
+        raise InputError(f"{root}: no known layout; looked for tables with columns article, iid, title (2021 to 2023), "
+            f"article_id, article_title, image_id (2025) or article_id, title (plain); found {found or 'no table'}")
     if layouts[single[0]] == 'plain': return _read_single(single[0], 'plain', single[0].stem)
     return _last_as_test(_read_single(single[0], 'newsimages2025', 'GDELT-P1-2025'), n_test)
 
@@ -572,9 +586,10 @@ def _counts(
     articles, keys = part.articles, ['dataset', 'image_id']
     linked = articles[keys][articles.image_id != '']
     status = (linked if len(linked) else part.images[keys]).merge(part.images[[*keys, 'status']], how='left').status.fillna('not_in_pool').value_counts()
-    counts = dict(articles=len(articles), with_image=int(status.pop('ok')) if 'ok' in status else 0, missing_image=int(status.pop('missing')) if 'missing' in status else 0)
-    counts |= {f'{o}_image': int(status.get(o, 0)) for o in ('broken', 'oversized', 'outside', 'not_in_pool')}
-    counts |= dict(images=len(part.images), no_text=int((~_has_text(articles)).sum()), duplicate_texts=int(articles.duplicated(['dataset', 'title', 'text']).sum()))
+    counts = dict(articles=len(articles), with_image=int(status.get('ok', 0)))
+    counts |= {f'{o}_image': int(status.get(o, 0)) for o in ('missing', 'broken', 'oversized', 'outside', 'not_in_pool')}
+    counts |= dict(images=len(part.images), no_text=int((~_has_text(articles)).sum()),
+        duplicate_texts=int(articles.duplicated(['dataset', 'title', 'text']).sum()))
     if len(part.datasets) > 1: counts['datasets'] = {o: _counts(part.subset(dataset=o)) for o in part.datasets}
     return counts
 
@@ -625,7 +640,8 @@ def _quotas(
     total = sum(available.values())
     if composition is None: return None, f'{min(n, total)} of {total} pairs drawn from all sets together'
     if set(composition) != set(available):
-        return None, f"{min(n, total)} of {total} pairs drawn from all sets together: the composition is for {', '.join(composition)}, the sets are {', '.join(available)}"
+        why = f"the composition is for {', '.join(composition)}, the sets are {', '.join(available) or 'empty'}"
+        return None, f'{min(n, total)} of {total} pairs drawn from all sets together: {why}'
     scale = min(n / sum(composition.values()), *(available[o] / k for o, k in composition.items() if k))
     quotas = {o: int(k * scale) for o, k in composition.items()}
     for o in sorted(composition, key=lambda o: quotas[o] - composition[o] * scale)[:round(sum(composition.values()) * scale) - sum(quotas.values())]: quotas[o] += 1

@@ -75,14 +75,16 @@ def thing_names(thing: str, lang: str) -> tuple[tuple[str, str, str, bool], ...]
 NUMBERS = {'en': ('several', 'one', 'two', 'three', 'four', 'five'), 'de': ('mehrere', 'ein', 'zwei', 'drei', 'vier', 'fünf')}
 
 def _is_plural(m: Mention) -> bool: return m.plural or m.count != 1
+def _wears(m: Mention) -> bool: return 'wears' in world_table()['objects'][m.thing]  # people: the colour is that of their clothes
 
 def english(m: Mention) -> str:
     "A noun phrase: 'two red cars'."
     _, one, many, _ = (names := thing_names(m.thing, 'en'))[int(m.pick*len(names))]
-    words = [m.colour, many if _is_plural(m) else one]
-    if not _is_plural(m): words.insert(0, 'an' if (m.colour or one)[0] in 'aeiou' else 'a')
-    elif not m.plural: words.insert(0, NUMBERS['en'][m.count])
-    return ' '.join(filter(None, words)) + (f' reading “{m.word}”' if m.word else '')
+    noun = many if _is_plural(m) else one
+    if m.colour: noun = f'{noun} in {m.colour}' if _wears(m) else f'{m.colour} {noun}'
+    if not _is_plural(m): noun = ('an ' if noun[0] in 'aeiou' else 'a ') + noun
+    elif not m.plural: noun = f"{NUMBERS['en'][m.count]} {noun}"
+    return noun + (f' reading “{m.word}”' if m.word else '')
 
 # %% ../nbs/08_mini.ipynb #german
 ARTICLE = {'nom': {'m': 'ein', 'f': 'eine', 'n': 'ein'}, 'acc': {'m': 'einen', 'f': 'eine', 'n': 'ein'}, 'dat': {'m': 'einem', 'f': 'einer', 'n': 'einem'}}
@@ -92,6 +94,8 @@ def german(m: Mention, case: str = 'nom') -> str:
     "A noun phrase in the given case ('nom', 'acc' or 'dat'): 'zwei roten Autos'."
     gender, one, many, _ = (names := thing_names(m.thing, 'de'))[int(m.pick*len(names))]
     stem = world_table()['colours'][m.colour]['de'] if m.colour else ''
+    after = f' in {stem.removesuffix("farben").capitalize()}' if stem and _wears(m) else ''
+    if after: stem = ''
     if _is_plural(m):
         head, _, tail = many.partition(' ')
         if case == 'dat' and head[-1] not in 'ns': head += 'n'
@@ -102,7 +106,7 @@ def german(m: Mention, case: str = 'nom') -> str:
         weak = gender == 'w' and case != 'nom'
         sex = 'm' if gender == 'w' else gender
         noun, ending, article = many if weak else one, ENDING[case][sex], ARTICLE[case][sex]
-    return ' '.join(filter(None, (article, stem and stem+ending, noun))) + (f' mit der Aufschrift „{m.word}“' if m.word else '')
+    return ' '.join(filter(None, (article, stem and stem+ending, noun))) + after + (f' mit der Aufschrift „{m.word}“' if m.word else '')
 
 # %% ../nbs/08_mini.ipynb #line
 @dataclass(frozen=True)
@@ -315,15 +319,17 @@ def _slots(rng: random.Random, event: Event, time: float, drift: float) -> dict:
     "The event's slots and fresh ones: a day, a number, jargon, objects nobody photographed."
     days = world_table()['names']['day']
     i = rng.randrange(7)
-    v, w = (mention(rng, a_group(rng, event.topic, time, drift), .3) for _ in range(2))
+    first = a_group(rng, event.topic, time, drift)
+    while (second := a_group(rng, event.topic, time, drift)).thing == first.thing: pass
+    v, w = mention(rng, first, .3), mention(rng, second, .3)
     return event.slots | dict(day=(days[0][i], days[1][i]), n=str(rng.randint(12, 96)), v=v, w=w,
                               jargon=tuple(rng.choice(world_table()['topics'][event.topic]['jargon'])))
 
 def body(rng: random.Random, event: Event, time: float, drift: float, paragraphs: tuple[int, int]) -> list[tuple[Line, ...]]:
     "Paragraphs of two to four sentences that no picture shows."
-    pool = world_table()['topics'][event.topic]['fact']*2 + world_table()['sentences']['body']
-    return [tuple(Line(tuple(pair), _slots(rng, event, time, drift)) for pair in rng.sample(pool, rng.randint(2, 4)))
-            for _ in range(rng.randint(*paragraphs))]
+    pool = world_table()['topics'][event.topic]['fact'] + world_table()['sentences']['body']
+    pool = iter(rng.sample(pool, len(pool)))
+    return [tuple(Line(tuple(next(pool)), _slots(rng, event, time, drift)) for _ in range(rng.randint(2, 4))) for _ in range(rng.randint(*paragraphs))]
 
 # %% ../nbs/08_mini.ipynb #tell
 def tell(rng: random.Random, world: World, event: Event, date: datetime, time: float, picture: Picture, use: Print,
@@ -342,18 +348,24 @@ def tell(rng: random.Random, world: World, event: Event, date: datetime, time: f
 # %% ../nbs/08_mini.ipynb #tweet
 MOODS = '😱 😂 🔥 🙏 👀 💔 🎉 😡 🤔 😍 👏 🚨'.split()
 
+def _other(rng, told, picture, topic, time) -> Group:
+    "Something else in the picture, or of the topic."
+    pool = [*picture.groups, *(a_group(rng, topic, time, 0.) for _ in range(20))]
+    return next(g for g in pool if g.thing != told.thing)
+
 def tweet(rng: random.Random, world: World, event: Event, date: datetime, time: float, picture: Picture, use: Print) -> Story:
     "A tweet about `event` with `picture`."
     table, topic = world_table(), world_table()['topics'][event.topic]
     told, slots = mentions(rng, world, event.topic, picture, time), _slots(rng, event, time, world.drift)
-    if told and len(told) < 2: told.append(mention(rng, picture.groups[-1], world.detail))
+    if len(told) == 1: told.append(mention(rng, _other(rng, told[0], picture, event.topic, time), world.detail))
     tags = rng.sample(topic['tags'], rng.randint(1, 2)) + [slots['place']]*(rng.random() < .3)
     thing = table['objects'][told[0].thing]['emoji'] if told else topic['emoji']
     slots |= dict(zip('ab', told)) | dict(
         scene=_phrase(rng, table['scenes'], picture.scene), air=_phrase(rng, table['air'], picture.air), placetag=slots['place'],
         user='@'+rng.choice(table['names']['user']), user2='@'+rng.choice(table['names']['user']), tags=' '.join('#'+t for t in tags),
         emoji=rng.choice(MOODS)+thing*(rng.random() < .4), link=f'https://t.example/{rng.getrandbits(40):x}')
-    template = rng.choice(table['sentences']['tweet' if told else 'tweet_plain'])
+    pool = table['sentences']['tweet' if told else 'tweet_plain']
+    template = max(rng.choice(pool), rng.choice(pool), key=lambda t: sum(s in t.lower() for s in ('{a}', '{b}', '{scene}')))   # the more telling of two
     return Story(event, date, picture, use, Line((template, None), slots), (), rng.getrandbits(31) | 1)
 
 # %% ../nbs/08_mini.ipynb #news
@@ -499,7 +511,7 @@ def write_set(root: Path, source: str, world: World, seed: int) -> list[tuple]:
     rng, stories, n_train = random.Random(f'{seed} {source} files'), news(world, source, sizes, seed), sizes[0]
     texts = articles(world, stories[:n_train], lang, rng) + articles(world, stories[n_train:], lang, rng)
     bad = defects(rng, world, n_train) | {n_train+i: d for i, d in defects(rng, world, len(stories)-n_train).items()}
-    rows, jobs, ids = [], [], 700000
+    rows, jobs, ids = [], [], {'RSS': 200000, 'RT': 400000, 'TW': 600000}[source]   # no id in two sets
     for i, (s, (title, text)) in enumerate(zip(stories, texts)):
         ids += rng.randint(1, 90)
         iid, host = f'{rng.getrandbits(128):032X}', f'{source.lower()}.example'

@@ -6,10 +6,10 @@
 __all__ = ['LIBRARIES', 'closest', 'choose', 'parse_set', 'imported_modules', 'code_files', 'notebook_source', 'code_identity',
            'folder_identity', 'library_versions', 'Job', 'identity_of', 'make_job', 'existing_folder', 'core_values',
            'report_folder', 'make_plan', 'stamp', 'is_intact', 'read_json', 'write_json', 'why_stale', 'stale_jobs',
-           'write_plan', 'read_job', 'plan_from_config', 'child_environment', 'process_mark', 'is_alive', 'kill_tree',
-           'Watch', 'tree_memory', 'execute', 'publish', 'keep_failure', 'run_job', 'thread_count', 'snakemake_command',
-           'snakemake', 'outcome', 'show_line', 'follow', 'show_failure', 'make_manifest', 'locked', 'run_plan',
-           'reproduce', 'current_state', 'overview']
+           'write_plan', 'read_job', 'plan_from_config', 'tools_dir', 'child_environment', 'process_mark', 'is_alive',
+           'kill_tree', 'Watch', 'tree_memory', 'execute', 'publish', 'keep_failure', 'run_job', 'thread_count',
+           'snakemake_command', 'snakemake', 'outcome', 'show_line', 'follow', 'show_failure', 'make_manifest',
+           'locked', 'run_plan', 'reproduce', 'current_state', 'overview']
 
 # %% ../nbs/25_reproduce.ipynb #imports
 import ast, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, time
@@ -284,6 +284,11 @@ def plan_from_config(config: Mapping[str, Any],  # of Snakemake: `state`, or the
     return write_plan(plan, stale_jobs(plan), threads) if write else plan[0].state
 
 # %% ../nbs/25_reproduce.ipynb #child-environment
+def tools_dir() -> Path:
+    "The folder for what tools keep, made where it is not there: IPython does without one that is missing."
+    (tools := cache_dir()/'tools').mkdir(parents=True, exist_ok=True)
+    return tools
+
 def child_environment(tools: Path,  # folder for what tools keep
                       base: Mapping[str, str]  # the environment to change
                      ) -> dict[str, str]:
@@ -405,7 +410,7 @@ def run_job(path: str | None = None  # settings file; None = the process's first
     "The whole life of one notebook's process: alone on its notebook, watched, all or nothing. Exits with 1 when it fails."
     from filelock import FileLock
     job = read_job(Path(path or sys.argv[1]).absolute())
-    os.environ.update(child_environment(cache_dir()/'tools', os.environ))
+    os.environ.update(child_environment(tools_dir(), os.environ))
     staging, running, cell, began = job.state/'staging'/job.name, job.file('running'), {}, time.time()
     running.parent.mkdir(parents=True, exist_ok=True)
     total = len(json.loads(Path(job.notebook).read_text(encoding='utf-8'))['cells']) + 1  # papermill adds one
@@ -441,7 +446,7 @@ def snakemake_command(state: Path, cores: int) -> list[str]:
 @contextmanager
 def snakemake(state: Path, cores: int):
     "A running Snakemake; it and everything it started is gone when the block ends, however it ends."
-    env = child_environment(cache_dir()/'tools', os.environ) | {'NEWSREPRO_PARENT': process_mark()}
+    env = child_environment(tools_dir(), os.environ) | {'NEWSREPRO_PARENT': process_mark()}
     with (state/'snakemake.log').open('w') as log:
         process = subprocess.Popen(snakemake_command(state, cores), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
         try: yield process

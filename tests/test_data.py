@@ -5,12 +5,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-import ftfy # registers the codec sloppy-windows-1252
+import ftfy  # registers the codec sloppy-windows-1252
 from PIL import Image
 
 from newsrepro.data import (InputError, ZHANG_SAMPLE, atomic_path, check_data, chronological_split, open_image, parse_dates, random_split, read_collection,
     read_table, repair_mojibake, sample_pairs)
 
+pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
 OFFICIAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'newsimages2021'
 official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f'the official 2021 release is not at {OFFICIAL}')
 TEXTS, TRUTH = OFFICIAL/'MediaEvalNewsImagesBatch04articles.tsv', OFFICIAL/'content2019-04-gt.tsv'
@@ -89,16 +90,35 @@ def test_files_that_cannot_be_read(tmp_path):
     raises(['absent.tsv', 'No such file'], read_table, tmp_path/'absent.tsv')
     raises(['Is a directory'], read_table, tmp_path)
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
-def test_file_without_permission(tmp_path):
-    write(tmp_path/'a.tsv', [['article_id', 'title']]).chmod(0)
-    raises(['a.tsv', 'Permission denied'], read_collection, tmp_path)
+@pytest.fixture
+def nobody():
+    "Give up root's right to read everything, for as long as the test lasts."
+    if os.geteuid(): return (yield)
+    os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(0)
+
+@pytest.fixture
+def closed(tmp_path):
+    "A folder that others may enter, with a table in it."
+    for o in (tmp_path, *tmp_path.parents[:2]): o.chmod(0o755)
+    return write(tmp_path/'a.tsv', [['article_id', 'title'], ['1', 'a']])
+
+@pytest.mark.parametrize('what', ['table', 'folder', 'pictures'])
+def test_without_permission(closed, what, request):
+    picture(closed.parent/'images'/'x.jpg')
+    place = dict(table=closed, folder=closed.parent, pictures=closed.parent/'images')[what]
+    mode = place.stat().st_mode
+    place.chmod(0)
+    request.addfinalizer(lambda: place.chmod(mode))
+    request.getfixturevalue('nobody')
+    raises([f'{place}: cannot be read: Permission denied'], read_collection, closed.parent)
 
 def test_parquet(tmp_path):
     pytest.importorskip('pyarrow', reason='Parquet needs pyarrow')
-    pd.DataFrame(dict(article_id=[1, 2], title=['a', None], image_id=[7, None], date=pd.to_datetime(['2022-04-03', None]))).to_parquet(tmp_path/'a.parquet')
+    pd.DataFrame(dict(article_id=[1, 2], title=['a', None], image_id=[7, None], date=pd.to_datetime(['2022-04-03 10:00', None]))).to_parquet(tmp_path/'a.parquet')
     table, _ = read_table(tmp_path/'a.parquet')
-    assert table.values.tolist() == [['1', 'a', '7', '2022-04-03 00:00:00'], ['2', '', '', '']]
+    assert table.values.tolist() == [['1', 'a', '7', '2022-04-03 10:00:00'], ['2', '', '', '']]
     (tmp_path/'a.parquet').write_bytes(b'PAR1')
     raises(['a.parquet', 'not a Parquet file'], read_table, tmp_path/'a.parquet')
 
