@@ -27,6 +27,15 @@ class InputError(ValueError):
     ):
         super().__init__(' '.join(str(message).split()))
 
+# %% ../nbs/00_data.ipynb #readable
+@contextmanager
+def _readable(
+    path: str|Path # what is being read
+):
+    "Turn the system's refusals into an `InputError` that names the file."
+    try: yield
+    except OSError as e: raise InputError(f'{e.filename or path}: cannot be read: {e.strerror or e}') from e
+
 # %% ../nbs/00_data.ipynb #atomic-path
 @contextmanager
 def atomic_path(
@@ -98,21 +107,15 @@ def _parse(
         if any(fields[len(header):]): raise InputError(f'{path} line {line}: {len(fields)} fields, but {len(header)} columns')
     return header, rows
 
-# %% ../nbs/00_data.ipynb #read-bytes
-def _read_bytes(
-    path: Path # file to read
-) -> bytes:
-    "Content of `path`. Raises `InputError` where it cannot be read."
-    try: return path.read_bytes()
-    except OSError as e: raise InputError(f'{path}: cannot be read: {e.strerror}') from e
-
+# %% ../nbs/00_data.ipynb #read-parquet
 def _read_parquet(
     path: Path # Parquet file
 ) -> pd.DataFrame: # columns of text, indexed by row number
     "Raises `InputError` where the file is damaged or no Parquet engine is installed."
-    try: table = pd.read_parquet(io.BytesIO(_read_bytes(path)))
+    with _readable(path): raw = path.read_bytes()
+    try: table = pd.read_parquet(io.BytesIO(raw))
     except ImportError as e: raise InputError(f'{path}: Parquet needs pyarrow (pip install pyarrow); or give a CSV or TSV table') from e
-    except (ValueError, OSError) as e: raise InputError(f'{path}: not a Parquet file: {e}') from e
+    except Exception as e: raise InputError(f'{path}: not a Parquet file: {e}') from e # engines raise anything on damaged input
     table = table.reset_index(drop=True).convert_dtypes().astype('string').fillna('').astype(str)
     return table.set_axis(range(1, len(table) + 1)).rename_axis('row')
 
@@ -126,7 +129,8 @@ def read_table(
     path, notes = Path(path), []
     if path.suffix.lower() == '.parquet': table = _read_parquet(path)
     else:
-        text, n = _decode(_read_bytes(path), path)
+        with _readable(path): raw = path.read_bytes()
+        text, n = _decode(raw, path)
         if n: notes.append(f'{path.name}: read as Windows-1252, as it is not UTF-8 (lines: {n})')
         header, rows = _parse(text, path)
         blank = [line for line, fields in rows.items() if not any(map(str.strip, fields))]
@@ -196,14 +200,15 @@ def _picture_folder(
     "Where the pictures of a table lie. Raises `InputError` where several folders could be meant."
     for name in ('images', 'newsimages'):
         if (base/name).is_dir(): return (base/name).resolve()
-    folders = [d for d in sorted(base.iterdir()) if d.is_dir() and any(f.suffix.lower() in _SUFFIXES for f in d.iterdir())]
+    with _readable(base):
+        folders = [d for d in sorted(base.iterdir()) if d.is_dir() and any(f.suffix.lower() in _SUFFIXES for f in d.iterdir())]
     if len(folders) > 1: raise InputError(f"{base}: pictures lie in {', '.join(d.name for d in folders)}; put them into one folder called images")
     return (folders or [base])[0].resolve()
 
 def _picture_index(
     folder: Path # folder with pictures
 ) -> dict[str, str]: # file name, with and without its extension -> file name
-    names = sorted(o.name for o in os.scandir(folder) if os.path.splitext(o.name)[1].lower() in _SUFFIXES)
+    with _readable(folder): names = sorted(o for o in os.listdir(folder) if os.path.splitext(o)[1].lower() in _SUFFIXES)
     return {os.path.splitext(name)[0]: name for name in names} | {name: name for name in names}
 
 # %% ../nbs/00_data.ipynb #locate
@@ -539,9 +544,7 @@ def _columns(
     path: Path # a table
 ) -> list[str]: # its column names, in lower case
     if path.suffix.lower() == '.parquet': return [c.lower() for c in _read_parquet(path)]
-    try:
-        with path.open('rb') as f: head = f.read(2**16)
-    except OSError as e: raise InputError(f'{path}: cannot be read: {e.strerror}') from e
+    with _readable(path), path.open('rb') as f: head = f.read(2**16)
     text = head.decode('utf-16' if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig', 'ignore')
     return [c.lower() for c in _parse(text.partition('\n')[0], path)[0]]
 
@@ -557,8 +560,9 @@ def _tables(
     root: Path # folder of a collection
 ) -> list[Path]: # its tables and those one level below
     if not root.is_dir(): raise InputError(f"{root}: {'a file; give the folder that holds it' if root.exists() else 'no such folder'}")
-    try: return sorted(p for pattern in ('*', '*/*') for p in root.glob(pattern) if p.suffix.lower() in ('.tsv', '.csv', '.parquet') and not p.name.startswith('.'))
-    except OSError as e: raise InputError(f'{root}: cannot be read: {e.strerror}') from e
+    with _readable(root): os.listdir(root) # glob would find nothing in a folder without permission
+    found = sorted(p for pattern in ('*', '*/*') for p in root.glob(pattern))
+    return [p for p in found if p.suffix.lower() in ('.tsv', '.csv', '.parquet') and not p.name.startswith('.')]
 
 def read_collection(
     root: str|Path, # folder in an official NewsImages layout, or with a table and pictures

@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'ARTICLE', 'ENDING', 'CASES', 'SLOT', 'SLANG', 'BIAS', 'SI
            'CREDITS', 'AGENCIES', 'JOIN', 'LINKED', 'MARKER', 'World', 'Mention', 'thing_names', 'english', 'german',
            'Line', 'decline', 'say', 'Event', 'Story', 'render', 'roughen', 'season', 'drifting_name', 'a_topic',
            'a_group', 'a_event', 'an_air', 'a_shot', 'a_print', 'mention', 'mentions', 'opening', 'body', 'tell',
-           'tweet', 'news', 'caption', 'captioned', 'defects', 'articles', 'write_portal', 'write_set',
+           'tweet', 'news', 'caption', 'press_line', 'captioned', 'defects', 'articles', 'write_portal', 'write_set',
            'write_captions', 'caption_texts', 'make_mini']
 
 # %% ../nbs/08_mini.ipynb #imports
@@ -19,7 +19,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
@@ -38,11 +38,12 @@ class World:
     rt: tuple[int, int] = (700, 520)      # German
     tw: tuple[int, int] = (1300, 520)     # English tweets
     captions: int = 9000          # captioned pictures
-    german_captions: float = .18  # share of German captions
-    named: float = .72      # chance that the opening names one visible kind of object
-    detail: float = .5      # chance that it tells the colour, and the count
-    scene_named: float = .45  # chance that it names the scene, and light or weather
-    unseen: float = .35     # chance that it also names an object which the picture does not show
+    german_captions: float = .25  # share of German captions
+    press: float = .65      # share of captioned pictures that a press line describes too
+    named: float = .9      # chance that the opening names one visible kind of object
+    detail: float = .55      # chance that it tells the colour, and the count
+    scene_named: float = .55  # chance that it names the scene, and light or weather
+    unseen: float = .3     # chance that it also names an object which the picture does not show
     symbolic: float = .06   # share of pictures that show the topic, not the event
     recurrence: float = .15   # share of pictures that were used before, printed anew
     drift: float = 1.2      # strength with which topics, objects and names change over time; 0 = not at all
@@ -87,7 +88,8 @@ def english(m: Mention) -> str:
     return noun + (f' reading “{m.word}”' if m.word else '')
 
 # %% ../nbs/08_mini.ipynb #german
-ARTICLE = {'nom': {'m': 'ein', 'f': 'eine', 'n': 'ein'}, 'acc': {'m': 'einen', 'f': 'eine', 'n': 'ein'}, 'dat': {'m': 'einem', 'f': 'einer', 'n': 'einem'}}
+ARTICLE = {'nom': {'m': 'ein', 'f': 'eine', 'n': 'ein'}, 'acc': {'m': 'einen', 'f': 'eine', 'n': 'ein'},
+           'dat': {'m': 'einem', 'f': 'einer', 'n': 'einem'}}
 ENDING = {'nom': {'m': 'er', 'f': 'e', 'n': 'es'}, 'acc': {'m': 'en', 'f': 'e', 'n': 'es'}, 'dat': dict.fromkeys('mfn', 'en')}
 
 def german(m: Mention, case: str = 'nom') -> str:
@@ -115,6 +117,7 @@ class Line:
     templates: tuple[str, str | None]  # English, German (None: exists in English only)
     slots: dict                        # slot -> str, (English, German) or Mention
 
+# %% ../nbs/08_mini.ipynb #decline
 CASES = {'acc': {'der': 'den', 'die': 'die', 'das': 'das'}, 'dat': {'der': 'dem', 'die': 'der', 'das': 'dem'}}
 
 def decline(phrase: str,  # German, in the nominative, such as 'die alte Brücke'
@@ -156,6 +159,7 @@ class Event:
     groups: tuple[Group, ...]  # objects that its pictures like to show
     end: datetime
 
+# %% ../nbs/08_mini.ipynb #story-record
 @dataclass(frozen=True)
 class Story:
     "An article before it is put in a language."
@@ -167,6 +171,7 @@ class Story:
     paragraphs: tuple[tuple[Line, ...], ...] = ()
     rough: int = 0             # seed of slang and typos; 0 = none
 
+# %% ../nbs/08_mini.ipynb #render
 def render(story: Story,     # from `tell`
            lang: str = 'en'  # 'en' or 'de'
           ) -> tuple[str, str]:
@@ -176,7 +181,8 @@ def render(story: Story,     # from `tell`
     return title, '\n'.join(' '.join(say(line, lang) for line in p) for p in story.paragraphs)
 
 # %% ../nbs/08_mini.ipynb #roughen
-SLANG = {'you': 'u', 'are': 'r', 'because': 'bc', 'people': 'ppl', 'please': 'pls', 'before': 'b4', 'with': 'w/', 'and': '&', 'great': 'gr8', 'several': 'sooo many'}
+SLANG = {'you': 'u', 'are': 'r', 'because': 'bc', 'people': 'ppl', 'please': 'pls', 'before': 'b4', 'with': 'w/', 'and': '&', 'great': 'gr8',
+         'several': 'sooo many'}
 
 def roughen(text: str,           # a tweet
             rng: random.Random,
@@ -198,6 +204,7 @@ def season(time: float,   # 0 = first day of the collection, 1 = last
            drift: float   # 0 = none
           ) -> float:
     "Weight of something in season around `peak`: between exp(-drift) and exp(drift)."
+    if not drift: return 1.
     return math.exp(drift*math.cos(2*math.pi*(time-peak)))
 
 def _draw(rng: random.Random, weights: dict):
@@ -209,33 +216,39 @@ def drifting_name(rng: random.Random, names: list, time: float, drift: float) ->
     return names[int((time*(1-spread)+rng.random()*spread)*len(names)*.999)]
 
 # %% ../nbs/08_mini.ipynb #weights
-BIAS = {'portal': {'transport': 1.8, 'crime': 1.6, 'culture': 1.4, 'space': .5, 'war': .4}, 'RT': {'war': 2.2, 'politics': 1.8, 'energy': 1.6, 'leisure': .5},
+BIAS = {'portal': {'transport': 1.8, 'crime': 1.6, 'culture': 1.4, 'space': .5, 'war': .4},
+        'RT': {'war': 2.2, 'politics': 1.8, 'energy': 1.6, 'leisure': .5},
         'TW': {'football': 1.6, 'tech': 1.5, 'culture': 1.3, 'animals': 1.4}, 'RSS': {}}
-SINGLE = {'flood', 'sun', 'moon', 'crowd', 'volcano', 'crown', 'scales', 'bridge'}  # one of a kind in a picture
-
 def a_topic(rng: random.Random, source: str, time: float, drift: float) -> str:
     "A topic in season, as `source` likes them."
     topics = world_table()['topics']
     return _draw(rng, {k: BIAS[source].get(k, 1)*season(time, t['peak'], drift) for k, t in topics.items()})
 
+# %% ../nbs/08_mini.ipynb #group
+SINGLE = {'flood', 'sun', 'moon', 'crowd', 'volcano', 'crown', 'scales', 'bridge'}  # one of a kind in a picture
+
+@lru_cache(256)   # a story asks many times for its own topic and time
+def _things(topic: str, time: float, drift: float) -> dict:
+    things = world_table()['topics'][topic]['objects']
+    return {k: w*season(time, i/len(things), drift/2) for i, (k, w) in enumerate(things.items())}
+
 def a_group(rng: random.Random, topic: str, time: float, drift: float) -> Group:
     "Objects of a topic, in season."
-    objects, things = world_table()['objects'], world_table()['topics'][topic]['objects']
-    thing = _draw(rng, {k: w*season(time, i/len(things), drift/2) for i, (k, w) in enumerate(things.items())})
+    objects, thing = world_table()['objects'], _draw(rng, _things(topic, time if drift else 0., drift))
     count = 1 if thing in SINGLE else rng.choices((1, 2, 3, 4, 5), (58, 18, 12, 7, 5))[0]
     word = rng.choice(world_table()['signs']) if thing in ('sign', 'screen') else ''
     return Group(thing, rng.choice(objects[thing]['colours'] or ['']), count, word)
 
 # %% ../nbs/08_mini.ipynb #event
-def _person(rng: random.Random, time: float, drift: float) -> tuple[str, bool]:
-    names, female = world_table()['names'], rng.random() < .5
+def _person(rng: random.Random, time: float, drift: float, names: dict) -> tuple[str, bool]:
+    female = rng.random() < .5
     return f"{rng.choice(names['female' if female else 'male'])} {drifting_name(rng, names['last'], time, drift)}", female
 
-def a_event(rng: random.Random, topic: str, time: float, date: datetime, drift: float) -> Event:
-    "A new event of `topic` that begins on `date`."
-    t, names = world_table()['topics'][topic], world_table()['names']
+def a_event(rng: random.Random, topic: str, time: float, date: datetime, drift: float, cast: str = 'names') -> Event:
+    "A new event of `topic` that begins on `date`, with the people and places of the table `cast`."
+    t, names = world_table()['topics'][topic], world_table()[cast]
     place, place2 = (drifting_name(rng, names['place'], time, drift) for _ in range(2))
-    (person, female), (person2, _) = _person(rng, time, drift), _person(rng, time, drift)
+    (person, female), (person2, _) = _person(rng, time, drift, names), _person(rng, time, drift, names)
     role, org = rng.choice(t['role']), rng.choice(t['org'])
     male_role, _, female_role = role[1].partition('/')
     slots = dict(place=place, place2=place2, person=person, person2=person2, saga=tuple(drifting_name(rng, t['saga'], time, drift/2)),
@@ -247,15 +260,17 @@ def a_event(rng: random.Random, topic: str, time: float, date: datetime, drift: 
 SIZES = {'portal': ((200, 110), (200, 110), (180, 120)), 'RSS': ((210, 140), (200, 150), (160, 160)), 'RT': ((216, 122), (216, 122), (192, 128)),
          'TW': ((200, 112), (160, 160), (128, 160), (180, 135)), 'captions': ((192, 128), (160, 160), (200, 112), (176, 132), (120, 150), (240, 160))}
 
-def _fits(group: Group, kind: str) -> bool:
-    at = world_table()['objects'][group.thing]['at']
-    return not (at == 'water' and kind not in ('water', 'out') or at == 'sky' and kind in ('in', 'water') or at == 'bottom' and kind == 'in')
-
+# %% ../nbs/08_mini.ipynb #air
 def an_air(rng: random.Random, scene: str, topic: str = '') -> str:
     "Light or weather that the scene allows."
     if world_table()['scenes'][scene]['kind'] not in ('out', 'water'): return 'day'
     cold = scene in ('snow', 'mountains')
     return _draw(rng, dict(day=50, dusk=14, night=14, rain=35 if topic == 'storm' else 8 - 7*cold, snowfall=20 if cold else 3, fog=6))
+
+# %% ../nbs/08_mini.ipynb #a-shot
+def _fits(group: Group, kind: str) -> bool:
+    at = world_table()['objects'][group.thing]['at']
+    return kind not in {'water': ('in', 'space'), 'sky': ('in', 'water'), 'bottom': ('in',)}.get(at, ())
 
 def a_shot(rng: random.Random, source: str, topic: str, scene: str, groups: list[Group], time: float, drift: float) -> Picture:
     "A picture of `topic` with (most of) `groups` and others in `scene`."
@@ -268,13 +283,15 @@ def a_shot(rng: random.Random, source: str, topic: str, scene: str, groups: list
     shown = shown or {pool[0].thing: pool[0]}
     return Picture(scene, tuple(shown.values()), an_air(rng, scene, topic), rng.choice(SIZES[source]), rng.getrandbits(32))
 
+# %% ../nbs/08_mini.ipynb #a-print
 def a_print(rng: random.Random, again: bool = False) -> Print:
     "How a picture is printed; one that was used before is cropped and exposed differently."
     cut = .12 if again else .04
-    crop = (rng.uniform(0, cut), rng.uniform(0, cut), 1-rng.uniform(0, cut), 1-rng.uniform(0, cut)) if again or rng.random() < .4 else (0., 0., 1., 1.)
+    crop = 0., 0., 1., 1.
+    if again or rng.random() < .4: crop = rng.uniform(0, cut), rng.uniform(0, cut), 1-rng.uniform(0, cut), 1-rng.uniform(0, cut)
     return Print(crop, round(rng.uniform(.85, 1.18), 3), rng.randint(55, 92), rng.choices((0, 1, 2, 3), (45, 25, 20, 10))[0])
 
-# %% ../nbs/08_mini.ipynb #mentions
+# %% ../nbs/08_mini.ipynb #mention
 def mention(rng: random.Random, group: Group, detail: float) -> Mention:
     "What a writer tells about `group`: colour and count each with chance `detail`."
     colour = group.colour if rng.random() < detail else ''
@@ -284,6 +301,7 @@ def mention(rng: random.Random, group: Group, detail: float) -> Mention:
     several = group.count > 2 and rng.random() < .5
     return Mention(group.thing, colour, 0 if several else 1, word, pick, plural=not several)
 
+# %% ../nbs/08_mini.ipynb #mentions
 def mentions(rng: random.Random, world: World, topic: str, picture: Picture, time: float) -> list[Mention]:
     "What the opening names: part of the picture, and sometimes an object that is not in it."
     told = [mention(rng, g, world.detail) for g in picture.groups if rng.random() < world.named][:3]
@@ -329,7 +347,8 @@ def body(rng: random.Random, event: Event, time: float, drift: float, paragraphs
     "Paragraphs of two to four sentences that no picture shows."
     pool = world_table()['topics'][event.topic]['fact'] + world_table()['sentences']['body']
     pool = iter(rng.sample(pool, len(pool)))
-    return [tuple(Line(tuple(next(pool)), _slots(rng, event, time, drift)) for _ in range(rng.randint(2, 4))) for _ in range(rng.randint(*paragraphs))]
+    return [tuple(Line(tuple(next(pool)), _slots(rng, event, time, drift)) for _ in range(rng.randint(2, 4)))
+            for _ in range(rng.randint(*paragraphs))]
 
 # %% ../nbs/08_mini.ipynb #tell
 def tell(rng: random.Random, world: World, event: Event, date: datetime, time: float, picture: Picture, use: Print,
@@ -365,12 +384,14 @@ def tweet(rng: random.Random, world: World, event: Event, date: datetime, time: 
         user='@'+rng.choice(table['names']['user']), user2='@'+rng.choice(table['names']['user']), tags=' '.join('#'+t for t in tags),
         emoji=rng.choice(MOODS)+thing*(rng.random() < .4), link=f'https://t.example/{rng.getrandbits(40):x}')
     pool = table['sentences']['tweet' if told else 'tweet_plain']
-    template = max(rng.choice(pool), rng.choice(pool), key=lambda t: sum(s in t.lower() for s in ('{a}', '{b}', '{scene}')))   # the more telling of two
+    visible = lambda t: sum(s in t.lower() for s in ('{a}', '{b}', '{scene}'))
+    template = max(rng.choice(pool), rng.choice(pool), key=visible)   # the more telling of two
     return Story(event, date, picture, use, Line((template, None), slots), (), rng.getrandbits(31) | 1)
 
 # %% ../nbs/08_mini.ipynb #news
 PARAGRAPHS = {'portal': (2, 4), 'RSS': (3, 5), 'RT': (3, 6)}
-PERIOD = {'portal': ('2019-01-01', '2019-04-30'), 'RSS': ('2022-01-03', '2022-06-30'), 'RT': ('2022-01-05', '2022-06-28'), 'TW': ('2022-01-01', '2022-07-02')}
+PERIOD = {'portal': ('2019-01-01', '2019-04-30'), 'RSS': ('2022-01-03', '2022-06-30'),
+          'RT': ('2022-01-05', '2022-06-28'), 'TW': ('2022-01-01', '2022-07-02')}
 
 def news(world: World, source: str, sizes: tuple[int, int], seed: int) -> list[Story]:
     "The stories of one source in order of time, training part first."
@@ -399,10 +420,24 @@ def _picture(rng, world, source, event, time) -> Picture:
     scene = _draw(rng, scenes) if symbolic or rng.random() < .35 else event.scene
     return a_shot(rng, source, event.topic, scene, [] if symbolic else list(event.groups), time, world.drift)
 
-# %% ../nbs/08_mini.ipynb #captions
+# %% ../nbs/08_mini.ipynb #dress
 CREDITS = {'en': ['stock photo', 'photo', 'picture', 'illustration', 'wallpaper', 'vector image', 'royalty free image', 'clip art'],
            'de': ['Foto', 'Bild', 'Symbolbild', 'Archivbild', 'Illustration', 'Stockfoto']}
 AGENCIES = 'pixstock imago_x freepix fotolux vistapool bildwerk snapbase'.split()
+
+def _dress(rng, text, told, lang) -> str:
+    "`text` as a shop, an agency, a blog or a camera would write it."
+    kind, credit = rng.random(), rng.choice(CREDITS[lang])
+    if kind < .45: return text[0].upper()+text[1:] if rng.random() < .5 else text
+    if kind < .60: return f'{credit}: {text}'
+    if kind < .70: return f'{text} | {rng.choice(AGENCIES)} {rng.randint(1000, 99999)}'
+    if kind < .80: return text.title() if lang == 'en' else text[0].upper()+text[1:]+f' – {credit}'
+    if kind < .90: return f"{text} {' '.join(world_table()['objects'][m.thing]['emoji'] for m in told)} #{credit.split()[0].lower()}"
+    if kind < .97: return f'IMG_{rng.randint(1, 9999):04d} {text}'.lower()
+    return rng.choice({'en': ['click to enlarge', 'untitled', 'image may contain: '+text],
+                       'de': ['zum Vergrößern klicken', 'ohne Titel', 'Bild zeigt: '+text]}[lang])
+
+# %% ../nbs/08_mini.ipynb #captions
 JOIN = {'en': ('and', 'with', 'next to', 'near', ','), 'de': ('und', 'und', ',')}
 
 def caption(rng: random.Random, picture: Picture, lang: str) -> str:
@@ -425,22 +460,19 @@ def _caption_mention(rng, group, lang) -> Mention:
     if rng.random() < .96: m = replace(m, pick=(rng.choice(usual)+.5)/len(names))
     return m
 
-def _dress(rng, text, told, lang) -> str:
-    "`text` as a shop, an agency, a blog or a camera would write it."
-    kind, credit = rng.random(), rng.choice(CREDITS[lang])
-    if kind < .45: return text[0].upper()+text[1:] if rng.random() < .5 else text
-    if kind < .60: return f'{credit}: {text}'
-    if kind < .70: return f'{text} | {rng.choice(AGENCIES)} {rng.randint(1000, 99999)}'
-    if kind < .80: return text.title() if lang == 'en' else text[0].upper()+text[1:]+f' – {credit}'
-    if kind < .90: return f"{text} {' '.join(world_table()['objects'][m.thing]['emoji'] for m in told)} #{credit.split()[0].lower()}"
-    if kind < .97: return f'IMG_{rng.randint(1, 9999):04d} {text}'.lower()
-    return rng.choice({'en': ['click to enlarge', 'untitled', 'image may contain: '+text], 'de': ['zum Vergrößern klicken', 'ohne Titel', 'Bild zeigt: '+text]}[lang])
+# %% ../nbs/08_mini.ipynb #press-line
+def press_line(rng: random.Random, world: World, topic: str, picture: Picture, lang: str) -> str:
+    "Headline and opening that a press agency sends along with `picture`."
+    date, faithful = datetime(2018, 1, 1), replace(world, named=.9, unseen=.1, detail=.6, scene_named=.6, drift=0.)
+    event = a_event(rng, topic, rng.random(), date, 0., cast='press')
+    if lang == 'en' and rng.random() < .3: return render(tweet(rng, faithful, event, date, 0., picture, a_print(rng)))[0]
+    title, text = render(tell(rng, faithful, event, date, 0., picture, a_print(rng), paragraphs=(0, 0)), lang)
+    return f'{title} {text}'
 
 # %% ../nbs/08_mini.ipynb #captioned
-def captioned(world: World, seed: int) -> Iterator[tuple[str, str, Picture, Print]]:
-    "(caption, language, picture, print) of the corpus: half of the pictures mix things as the news does, half at random."
+def captioned(world: World, seed: int) -> Iterator[tuple[str, str, str, Picture, Print]]:
+    "(alt text, language, press line or '', picture, print): half of the pictures mix things as the news does, half at random."
     rng, table = random.Random(f'{seed} captions'), world_table()
-    everything = [t for topic in table['topics'].values() for t in topic['objects']]
     for _ in range(world.captions):
         topic, time = rng.choice(list(table['topics'])), rng.random()
         usual = rng.random() < .5
@@ -448,13 +480,15 @@ def captioned(world: World, seed: int) -> Iterator[tuple[str, str, Picture, Prin
         groups = [] if usual else [_any_group(rng) for _ in range(4)]
         picture = a_shot(rng, 'captions', topic, scene, groups, time, 0.)
         lang = 'de' if rng.random() < world.german_captions else 'en'
-        yield caption(rng, picture, lang), lang, picture, a_print(rng)
+        line = press_line(rng, world, topic, picture, lang) if rng.random() < world.press else ''
+        yield caption(rng, picture, lang), lang, line, picture, a_print(rng)
 
 def _any_group(rng) -> Group:
     objects = world_table()['objects']
     thing = rng.choice(list(objects))
     word = rng.choice(world_table()['signs']) if thing in ('sign', 'screen') else ''
-    return Group(thing, rng.choice(objects[thing]['colours'] or ['']), 1 if thing in SINGLE else rng.choices((1, 2, 3, 4, 5), (50, 18, 14, 10, 8))[0], word)
+    colour = rng.choice(objects[thing]['colours'] or [''])
+    return Group(thing, colour, 1 if thing in SINGLE else rng.choices((1, 2, 3, 4, 5), (50, 18, 14, 10, 8))[0], word)
 
 # %% ../nbs/08_mini.ipynb #tables
 def _write_table(path: Path, header: list[str], rows: list, encoding='utf-8', end='\n', delimiter='\t') -> None:
@@ -477,8 +511,6 @@ def articles(world: World, stories: list[Story], lang: str, rng: random.Random) 
 # %% ../nbs/08_mini.ipynb #portal
 LINKED = ['article', 'aid', 'url', 'img', 'iid', 'hashvalue', 'title', 'text', 'imgFile']
 
-def _obfuscated(article: str) -> str: return '1' + article[4:] + article[:4]
-
 def write_portal(root: Path, world: World, seed: int) -> list[tuple]:
     "Write the tables of the German portal into `root`; returns the drawing jobs."
     rng, stories, n_train = random.Random(f'{seed} portal files'), news(world, 'portal', world.portal, seed), world.portal[0]
@@ -489,10 +521,14 @@ def write_portal(root: Path, world: World, seed: int) -> list[tuple]:
         ids += rng.randint(11, 4000)
         name = f'{rng.randint(23000000, 32999999)}{rng.getrandbits(128):032x}{rng.choice("abcdxyz")}{rng.choice("ABCDXYZ")}'
         url = f'https://portal.example/{s.event.topic}/artikel-{ids}'
-        rows.append([str(ids), str(118171+i), url, f'https://portal.example/image/{name}.jpg', str(iid), name, title, text, f'{name}.jpg', str(s.date)])
+        picture = f'https://portal.example/image/{name}.jpg'
+        rows.append([str(ids), str(118171+i), url, picture, str(iid), name, title, text, f'{name}.jpg', str(s.date)])
         if bad.get(i) != 'missing': jobs.append((root/'images'/f'{name}.jpg', s.picture, s.use, bad.get(i, '')))
     _write_portal_tables(root, rows, n_train, rng)
     return jobs
+
+# %% ../nbs/08_mini.ipynb #portal-tables
+def _obfuscated(article: str) -> str: return '1' + article[4:] + article[:4]
 
 def _write_portal_tables(root, rows, n_train, rng) -> None:
     third, test = math.ceil(n_train/3), rows[n_train:]
@@ -501,7 +537,8 @@ def _write_portal_tables(root, rows, n_train, rng) -> None:
     texts = [[_obfuscated(r[0]), '', r[2], '', '', '', r[6], r[7], r[9]] for r in test]
     images = [[r[3], r[4], r[8]] for r in test]
     rng.shuffle(texts); rng.shuffle(images)
-    _write_table(root/'MediaEvalNewsImagesBatch04articles.tsv', ['articleID', 'aid', 'url', '', '', 'hashvalue', 'title', 'text', 'Date'], texts, 'cp1252', '\r\n')
+    header = ['articleID', 'aid', 'url', '', '', 'hashvalue', 'title', 'text', 'Date']
+    _write_table(root/'MediaEvalNewsImagesBatch04articles.tsv', header, texts, 'cp1252', '\r\n')
     _write_table(root/'MediaEvalNewsImagesBatch04images.tsv', ['img', 'iid', 'imgFile'], images+[['', '', '']], end='\r\n')
 
 # %% ../nbs/08_mini.ipynb #sets
@@ -526,11 +563,12 @@ def write_set(root: Path, source: str, world: World, seed: int) -> list[tuple]:
     _write_table(root/f'{source}_test_images.tsv', ['img', 'iid', 'imgFile'], sorted([r[3], r[4], r[8]] for r in test))
     return jobs
 
+# %% ../nbs/08_mini.ipynb #plain
 def write_captions(root: Path, world: World, seed: int) -> list[tuple]:
     "Write the captioned corpus in the plain layout into `root`; returns the drawing jobs."
     rows, jobs = [], []
-    for i, (text, lang, picture, use) in enumerate(captioned(world, seed)):
-        rows.append([f'c{i:05d}', text, lang, f'p{i:05d}'])
+    for i, (text, lang, line, picture, use) in enumerate(captioned(world, seed)):
+        rows += [[f'c{i:05d}{mark}', words, lang, f'p{i:05d}'] for mark, words in (('', text), ('-press', line)) if words]
         jobs.append((root/'images'/f'p{i:05d}.jpg', picture, use))
     _write_table(root/'captions.csv', ['article_id', 'title', 'lang', 'image_id'], rows, delimiter=',')
     return jobs
@@ -540,7 +578,7 @@ def caption_texts(root: str | Path  # what `make_mini` returned
     "All captions, to learn a vocabulary from."
     with open(Path(root)/'captions'/'captions.csv', encoding='utf-8', newline='') as f: return [row['title'] for row in csv.DictReader(f)]
 
-# %% ../nbs/08_mini.ipynb #make
+# %% ../nbs/08_mini.ipynb #marker
 MARKER = 'mini.json'
 
 def _settings(world: World, seed: int) -> dict:
@@ -550,6 +588,7 @@ def _settings(world: World, seed: int) -> dict:
 def _made_by(root: Path) -> dict | None:
     return json.loads((root/MARKER).read_text(encoding='utf-8')) if (root/MARKER).is_file() else None
 
+# %% ../nbs/08_mini.ipynb #draw-all
 def _draw_all(jobs: list[tuple], workers: int) -> None:
     for folder in {job[0].parent for job in jobs}: folder.mkdir(parents=True, exist_ok=True)
     if workers == 1: return write_pictures(jobs) and None
@@ -558,6 +597,17 @@ def _draw_all(jobs: list[tuple], workers: int) -> None:
     Parallel(n_jobs=workers)(delayed(write_pictures)(jobs[i:i+150]) for i in range(0, len(jobs), 150))
     get_reusable_executor().shutdown(wait=True)
 
+# %% ../nbs/08_mini.ipynb #move
+def _move(build: Path, root: Path, settings: dict) -> None:
+    "Put `build` in the place of `root`; another process may have finished first."
+    build.chmod(0o755)
+    if root.exists() and _made_by(root) == settings: return
+    if root.exists(): shutil.rmtree(root)
+    try: os.rename(build, root)
+    except OSError:
+        if _made_by(root) != settings: raise
+
+# %% ../nbs/08_mini.ipynb #make
 def make_mini(root: str | Path,           # folder to make; must not hold anything else
               seed: int = 0,              # of every draw
               workers: int | None = None, # processes that draw; None = one per processor. The result does not depend on it
@@ -579,12 +629,3 @@ def make_mini(root: str | Path,           # folder to make; must not hold anythi
         _move(build, root, settings)
     finally: shutil.rmtree(build, ignore_errors=True)
     return root
-
-def _move(build: Path, root: Path, settings: dict) -> None:
-    "Put `build` in the place of `root`; another process may have finished first."
-    build.chmod(0o755)
-    if root.exists() and _made_by(root) == settings: return
-    if root.exists(): shutil.rmtree(root)
-    try: os.rename(build, root)
-    except OSError:
-        if _made_by(root) != settings: raise

@@ -86,6 +86,12 @@ def _letter(draw, text, box, ink, bold) -> None:
     size = int(min(h, 1.35*w/len(text)))//2*2
     if size >= 4: draw.text(((box[0]+box[2])/2, (box[1]+box[3])/2), text, fill=ink, font=_font(size, bold), anchor='mm')
 
+def _windows(draw, frame, columns, rows, ink) -> None:
+    left, top, right, bottom = frame
+    dx, dy = (right-left)/columns, (bottom-top)/rows
+    for i in range(columns):
+        for j in range(rows): draw.rectangle((left+(i+.2)*dx, top+(j+.2)*dy, left+(i+.8)*dx, top+(j+.8)*dy), fill=ink)
+
 # %% ../nbs/08a_pictures.ipynb #sketch
 def sketch(draw: ImageDraw.ImageDraw,  # to draw on
            drawing: str,               # primitives
@@ -113,12 +119,6 @@ def sketch(draw: ImageDraw.ImageDraw,  # to draw on
             elif op == 'W': _windows(draw, frame, int(args[0]), int(args[1]), ink)
             elif op == 'G': _letter(draw, args[0], frame, ink, args[0].isascii())
             elif op == 'T' and word: _letter(draw, word, frame, ink, True)
-
-def _windows(draw, frame, columns, rows, ink) -> None:
-    left, top, right, bottom = frame
-    dx, dy = (right-left)/columns, (bottom-top)/rows
-    for i in range(columns):
-        for j in range(rows): draw.rectangle((left+(i+.2)*dx, top+(j+.2)*dy, left+(i+.8)*dx, top+(j+.8)*dy), fill=ink)
 
 # %% ../nbs/08a_pictures.ipynb #shades
 SKIN = (244, 208, 178), (228, 180, 140), (190, 134, 92), (132, 86, 56)
@@ -172,7 +172,8 @@ def _skyline(s, n, tall=.34, low=.12):
         body = s.dim(s.rng.choice([(150, 140, 132), (176, 160, 140), (128, 136, 148), (164, 120, 104)]))
         s.rect(x, s.horizon-h, x+w, s.horizon, body)
         W, H = s.size
-        _windows(s.draw, (x*W, (s.horizon-h+.02)*H, (x+w)*W, s.horizon*H), s.rng.randint(2, 3), max(1, int(h*16)), shade(body, s.rng.choice([.6, 1.5])))
+        facade = x*W, (s.horizon-h+.02)*H, (x+w)*W, s.horizon*H
+        _windows(s.draw, facade, s.rng.randint(2, 3), max(1, int(h*16)), shade(body, s.rng.choice([.6, 1.5])))
         x += w
 
 def _towers(s, n): _skyline(s, n, .62, .16)
@@ -185,6 +186,7 @@ def _houses(s, n):
         s.poly([(x-.01, y-h), (x+w/2, y-h-.1), (x+w+.01, y-h)], s.dim((150, 70, 54)))
         s.rect(x+.2*w, y-.7*h, x+.4*w, y-.35*h, (90, 110, 130))
 
+# %% ../nbs/08a_pictures.ipynb #features-work
 def _ruins(s, n):
     for i in range(int(n)):
         x, w, h, y = (i+s.u(-.2, .3))/int(n), .8/int(n), s.u(.14, .4), s.horizon
@@ -203,10 +205,12 @@ def _stalls(s, n):
     for i in range(int(n)):
         x, w, y = (i+s.u(0, .2))/int(n), .8/int(n), s.horizon+.04
         s.rect(x, y-.06, x+w, y+.06, (140, 96, 60))
-        for k in range(5): s.rect(x+k*w/5, y-.24, x+(k+1)*w/5, y-.16, s.ink['w'] if k % 2 else s.ink[s.rng.choice('rbe')] if not k else s.ink['r'])
+        for k in range(5):
+            cloth = 'w' if k % 2 else 'r' if k else s.rng.choice('rbe')
+            s.rect(x+k*w/5, y-.24, x+(k+1)*w/5, y-.16, s.ink[cloth])
         for k in range(6): s.oval(x+(k+.5)*w/6, y-.07, w/12, .02, s.ink[s.rng.choice('royep')])
 
-# %% ../nbs/08a_pictures.ipynb #features-nature
+# %% ../nbs/08a_pictures.ipynb #features-land
 def _ridge(s, paint, height):
     h, rgb = float(height)/100, s.dim(s.ink[paint])
     points = [(i/9, s.horizon-s.u(.25, 1)*h) for i in range(10)]
@@ -219,6 +223,15 @@ def _peaks(s, n):
         s.poly([(x-w, y), (x, y-h), (x+w, y)], s.dim((116, 122, 136)))
         s.poly([(x-w*.3, y-h*.7), (x, y-h), (x+w*.3, y-h*.7), (x+w*.1, y-h*.62), (x-w*.05, y-h*.72)], (244, 246, 250))
 
+def _dunes(s, n):
+    for i in range(int(n)):
+        y = s.horizon+.12*i
+        s.poly([(0, 1), (0, y+s.u(-.08, .08)), (s.u(.2, .8), y-s.u(.02, .12)), (1, y+s.u(-.04, .1)), (1, 1)], s.dim(s.ground, .14))
+
+def _furrows(s, paint):
+    for i in range(11): s.line([(.5+(i-5)*.05, s.horizon), (.5+(i-5)*.26, 1)], s.dim(s.ink[paint], .1), .02)
+
+# %% ../nbs/08a_pictures.ipynb #features-plants
 def _trees(s, n):
     for i in range(int(n)):
         x, r = (i+s.u(0, 1))/int(n), s.u(.04, .08)
@@ -236,6 +249,15 @@ def _trunks(s, n):
         s.rect(x, 0, x+w, y, s.dim((88, 66, 48), .3))
     for _ in range(12): s.oval(s.u(0, 1), s.u(0, .14), s.u(.06, .14), s.u(.05, .1), s.dim((52, 110, 58), .3))
 
+def _blossoms(s, n):
+    for _ in range(int(n)): s.oval(s.u(0, 1), s.u(s.horizon+.04, 1), .008, .012, s.ink[s.rng.choice('ryowp')])
+
+def _weeds(s, n):
+    for _ in range(int(n)):
+        x, h = s.u(0, 1), s.u(.12, .34)
+        s.line([(x, .9), (x+.02, .9-h/2), (x-.01, .9-h)], s.dim((40, 130, 80)), .025)
+
+# %% ../nbs/08a_pictures.ipynb #features-drops
 def _clouds(s, n):
     for _ in range(int(n)):
         x, y, r = s.u(0, 1), s.u(.04, .25), s.u(.04, .08)
@@ -246,17 +268,6 @@ def _waves(s, n):
     for _ in range(int(n)):
         x, y, w = s.u(0, 1), s.u(s.horizon+.02, .98), s.u(.03, .1)
         s.line([(x, y), (x+w/2, y-.012), (x+w, y)], rgb, .012)
-
-def _dunes(s, n):
-    for i in range(int(n)):
-        y = s.horizon+.12*i
-        s.poly([(0, 1), (0, y+s.u(-.08, .08)), (s.u(.2, .8), y-s.u(.02, .12)), (1, y+s.u(-.04, .1)), (1, 1)], s.dim(s.ground, .14))
-
-def _furrows(s, paint):
-    for i in range(11): s.line([(.5+(i-5)*.05, s.horizon), (.5+(i-5)*.26, 1)], s.dim(s.ink[paint], .1), .02)
-
-def _blossoms(s, n):
-    for _ in range(int(n)): s.oval(s.u(0, 1), s.u(s.horizon+.04, 1), .008, .012, s.ink[s.rng.choice('ryowp')])
 
 def _stones(s, n):
     for _ in range(int(n)):
@@ -269,29 +280,13 @@ def _galaxy(s, n):
 def _bubbles(s, n):
     for _ in range(int(n)): s.oval(s.u(0, 1), s.u(0, .8), (r := s.u(.006, .018)), r*1.4, (120, 190, 226))
 
-def _weeds(s, n):
-    for _ in range(int(n)):
-        x, h = s.u(0, 1), s.u(.12, .34)
-        s.line([(x, .9), (x+.02, .9-h/2), (x-.01, .9-h)], s.dim((40, 130, 80)), .025)
-
-# %% ../nbs/08a_pictures.ipynb #features-indoor
+# %% ../nbs/08a_pictures.ipynb #features-rows
 def _seats(s, n):
     rgb = s.dim(s.rng.choice([(70, 90, 150), (150, 60, 60), (100, 100, 110)]))
     for j in range(int(n)):
         y = s.horizon-.06-.07*(int(n)-1-j)
         s.rect(0, y, 1, y+.06, shade(rgb, .8+.06*j))
         for i in range(16): s.oval((i+s.u(.2, .8))/16, y+.015, .014, .02, s.dim(s.rng.choice(SKIN)))
-
-def _stripes(s, n):
-    for i in range(0, int(n), 2): s.rect(i/int(n), s.horizon, (i+1)/int(n), 1, shade(s.ground, .88))
-
-def _beams(s, n):
-    for i in range(int(n)):
-        x, tilt = (i+.5)/int(n), s.u(-.2, .2)
-        s.poly([(x-.01, 0), (x+.01, 0), (x+tilt+.08, .7), (x+tilt-.08, .7)], s.dim(s.rng.choice([(150, 110, 180), (180, 150, 110), (110, 140, 190)])))
-
-def _curtain(s, paint):
-    for x in (0, .04, .08, .88, .92, .96): s.rect(x, 0, x+.04, s.horizon, s.dim(s.ink[paint], .25))
 
 def _heads(s, paint, n):
     for i in range(int(n)): s.oval((i+s.u(.2, .8))/int(n), .99, .04, .07, s.ink[paint])
@@ -303,6 +298,24 @@ def _columns(s, paint, n):
 
 def _panels(s, paint, n):
     for i in range(int(n)): s.rect((i+.12)/int(n), .06, (i+.88)/int(n), s.horizon-.06, s.dim(s.ink[paint], .2))
+
+def _shelves(s, n):
+    for j in range(int(n)):
+        y = .08+j*(s.horizon-.08)/int(n)
+        for i in range(22): s.rect(i/22, y+s.u(0, .03), (i+.8)/22, y+.12, s.dim(s.ink[s.rng.choice('rbeyowp')], .2))
+        s.rect(0, y+.12, 1, y+.14, (120, 120, 124))
+
+# %% ../nbs/08a_pictures.ipynb #features-rooms
+def _stripes(s, n):
+    for i in range(0, int(n), 2): s.rect(i/int(n), s.horizon, (i+1)/int(n), 1, shade(s.ground, .88))
+
+def _beams(s, n):
+    for i in range(int(n)):
+        x, tilt = (i+.5)/int(n), s.u(-.2, .2)
+        s.poly([(x-.01, 0), (x+.01, 0), (x+tilt+.08, .7), (x+tilt-.08, .7)], s.dim(s.rng.choice([(150, 110, 180), (180, 150, 110), (110, 140, 190)])))
+
+def _curtain(s, paint):
+    for x in (0, .04, .08, .88, .92, .96): s.rect(x, 0, x+.04, s.horizon, s.dim(s.ink[paint], .25))
 
 def _tiles(s, paint):
     rgb = shade(s.ink[paint], .85)
@@ -316,21 +329,17 @@ def _frames(s, n):
         s.rect(x+.012, .14, x+w-.012, .1+h, s.dim(s.ink[s.rng.choice('rbeylp')], .4))
         s.oval(x+w/2, .12+h/2, w/5, h/5, s.dim(s.ink[s.rng.choice('rbeylp')], .4))
 
-def _shelves(s, n):
-    for j in range(int(n)):
-        y = .08+j*(s.horizon-.08)/int(n)
-        for i in range(22): s.rect(i/22, y+s.u(0, .03), (i+.8)/22, y+.12, s.dim(s.ink[s.rng.choice('rbeyowp')], .2))
-        s.rect(0, y+.12, 1, y+.14, (120, 120, 124))
-
+# %% ../nbs/08a_pictures.ipynb #features
 FEATURES = {f.__name__[1:]: f for f in (
     _skyline, _towers, _houses, _ruins, _scaffold, _stalls, _ridge, _peaks, _trees, _firs, _trunks, _clouds, _waves, _dunes, _furrows,
     _blossoms, _stones, _galaxy, _bubbles, _weeds, _seats, _stripes, _beams, _curtain, _heads, _columns, _panels, _tiles, _frames, _shelves)}
 
-# %% ../nbs/08a_pictures.ipynb #backdrop
+# %% ../nbs/08a_pictures.ipynb #skies
 SKIES = {'dusk': ((96, 84, 150), (250, 160, 96)), 'night': ((16, 20, 56), (60, 62, 110)), 'rain': ((112, 120, 132), (168, 176, 184)),
          'snowfall': ((176, 184, 196), (214, 220, 228)), 'fog': ((196, 200, 204), (216, 218, 220))}
 EXPOSURE = {'dusk': (1.0, .84, .74), 'night': (.62, .64, .84), 'rain': (.82, .86, .9)}
 
+# %% ../nbs/08a_pictures.ipynb #backdrop
 def backdrop(picture: Picture,    # scene, air and seed are used
              rng: random.Random,  # of everything left open
              size: tuple[int, int]  # width and height in pixels
@@ -417,6 +426,7 @@ def draw_picture(picture: Picture  # what to show
     if picture.air in EXPOSURE: image = image.point([int(i*f) for f in EXPOSURE[picture.air] for i in range(256)])
     return _weather(image, picture, rng)
 
+# %% ../nbs/08a_pictures.ipynb #make-print
 def make_print(image: Image.Image,  # as drawn
                use: Print,          # crop, exposure, grain
                seed: int = 0        # of the grain

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'closest', 'choose', 'parse_set', 'imported_modules', 'code_files', 'notebook_source', 'code_identity',
-           'folder_identity', 'library_versions', 'Job', 'identity_of', 'make_job', 'existing_folder', 'core_values',
-           'report_folder', 'make_plan', 'stamp', 'is_intact', 'read_json', 'write_json', 'why_stale', 'stale_jobs',
-           'write_plan', 'read_job', 'plan_from_config', 'tools_dir', 'child_environment', 'process_mark', 'is_alive',
-           'kill_tree', 'Watch', 'tree_memory', 'execute', 'publish', 'keep_failure', 'run_job', 'thread_count',
-           'snakemake_command', 'snakemake', 'outcome', 'show_line', 'follow', 'show_failure', 'make_manifest',
-           'locked', 'run_plan', 'reproduce', 'current_state', 'overview']
+           'folder_identity', 'library_versions', 'Job', 'identity_of', 'make_job', 'existing_folder', 'check_profile',
+           'core_values', 'report_folder', 'make_plan', 'stamp', 'is_intact', 'read_json', 'write_json', 'why_stale',
+           'stale_jobs', 'write_plan', 'read_job', 'plan_from_config', 'tools_dir', 'child_environment', 'process_mark',
+           'is_alive', 'kill_tree', 'Watch', 'tree_memory', 'execute', 'publish', 'keep_failure', 'run_job',
+           'thread_count', 'snakemake_command', 'snakemake', 'outcome', 'show_line', 'follow', 'show_failure',
+           'make_manifest', 'locked', 'run_plan', 'reproduce', 'current_state', 'overview']
 
 # %% ../nbs/25_reproduce.ipynb #imports
 import ast, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, time
@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from .data import InputError, atomic_path
+from .data import InputError, atomic_path, read_collection
 from .study import (CORE, NOTEBOOKS, PACKAGE, PROFILES, Notebook, cache_dir, check_device, check_value, clone_root,
                              command_line, notebook_parameters, notebooks_dir, package_version, resolve_device, source_commit)
 
@@ -174,11 +174,15 @@ def existing_folder(option: str, given: str) -> str:
     if path.is_dir(): return str(path)
     raise InputError(f"--{option} {given}: {'not a folder' if path.exists() else 'no such folder'}")
 
+def check_profile(profile: str) -> str:
+    "`profile` if there is one of that name, else `InputError`."
+    if profile in PROFILES: return profile
+    raise InputError(f'--profile {profile}: {closest(profile, PROFILES)}')
+
 def core_values(profile: str, data: str, device: str, weights: str) -> dict[str, str]:
     "The three choices and the folder of weights, checked; a GPU that is not there is refused now, not in the third hour."
-    if profile not in PROFILES: raise InputError(f'--profile {profile}: {closest(profile, PROFILES)}')
     if check_device(device).startswith('cuda'): resolve_device(device)
-    return dict(profile=profile, data=data if data == 'mini' else existing_folder('data', data), device=device,
+    return dict(profile=check_profile(profile), data=data if data == 'mini' else existing_folder('data', data), device=device,
                 weights=weights and existing_folder('weights', weights))
 
 # %% ../nbs/25_reproduce.ipynb #report-folder
@@ -448,7 +452,8 @@ def snakemake(state: Path, cores: int):
     "A running Snakemake; it and everything it started is gone when the block ends, however it ends."
     env = child_environment(tools_dir(), os.environ) | {'NEWSREPRO_PARENT': process_mark()}
     with (state/'snakemake.log').open('w') as log:
-        process = subprocess.Popen(snakemake_command(state, cores), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+        process = subprocess.Popen(snakemake_command(state, cores), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                   cwd=state, env=env, start_new_session=True)  # in `state`, as it logs where it starts
         try: yield process
         finally: kill_tree(process.pid, root=True); process.wait()
 
@@ -569,6 +574,7 @@ def reproduce(profile: str = 'mini', data: str = 'mini', device: str = 'auto', w
         stale = stale_jobs(plan, (only or [job.name for job in plan]) if force else ())
         for job in plan:
             if job.name not in stale: console.print(f'[green]=[/] {job.name}  up to date')
+        if stale and data != 'mini': read_collection(existing_folder('data', data))
         missing = run_plan(plan, stale, console, jobs) if stale else {}
         write_json(place/'manifest.json', make_manifest(place, notebooks))
         index = write_report(place, notebooks)

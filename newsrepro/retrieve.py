@@ -6,10 +6,12 @@
 __all__ = ['best_of_block', 'as_unit_rows', 'top_k', 'ranked_lists']
 
 # %% ../nbs/05_retrieve.ipynb #imports
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from .metrics import tie_order
 
 # %% ../nbs/05_retrieve.ipynb #best-of-block
 def best_of_block(scores: torch.Tensor,  # (queries, candidates) float32
@@ -72,6 +74,7 @@ def ranked_lists(query_ids: Sequence[str], queries: np.ndarray,  # (n, dim)
                  k: int = 100, device: str = 'cpu') -> dict[str, list[str]]:
     "For each query id the ids of its `k` nearest candidates by cosine, best first."
     if len(query_ids) != len(queries) or len(candidate_ids) != len(candidates): raise ValueError('as many ids as embeddings are needed')
-    places = top_k(queries, candidates, k, device)[1]
-    names = np.asarray(candidate_ids, dtype=object)
+    order = tie_order(candidate_ids)
+    places = top_k(queries, np.asarray(candidates)[order], k, device)[1]
+    names = np.asarray(candidate_ids, dtype=object)[order]
     return {query: names[row].tolist() for query, row in zip(query_ids, places)}

@@ -90,6 +90,7 @@ class Recipe:
     clip_norm: float = 1.  # largest norm of the gradient
     image_weight: float = .5  # share of the image-to-text half of the loss
     least_window: float = .8  # smallest share of the side a random window may have; 1 = no augmentation
+    mixed: bool = False  # run the towers in bfloat16 where torch deems it safe; weights and loss stay float32
     seed: int = 0
 
 # %% ../nbs/07_train.ipynb #train
@@ -97,9 +98,10 @@ def train_step(model: torch.nn.Module, pairs: Pairs, rows: torch.Tensor, recipe:
     "Loss of one batch, with its graph."
     px, device = model.visual.image_size, next(model.parameters()).device
     window = random_window(pairs.pixels[rows].to(device).float()/255, px if isinstance(px, int) else px[0], draw, recipe.least_window)
-    image, text, scale = model(normalise(window), pairs.tokens[rows].to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed):
+        image, text, scale = model(normalise(window), pairs.tokens[rows].to(device))
     pick = lambda ids: [ids[row] for row in rows.tolist()]
-    return contrastive_loss(image, text, scale, recipe.image_weight, twins(pick(pairs.text_ids)) | twins(pick(pairs.image_ids)))
+    return contrastive_loss(image.float(), text.float(), scale, recipe.image_weight, twins(pick(pairs.text_ids)) | twins(pick(pairs.image_ids)))
 
 def train(model: torch.nn.Module,  # an open_clip model; trained in place
           pairs: Pairs, recipe: Recipe,

@@ -1,0 +1,90 @@
+"""The console script as a user meets it: quick, quiet, one line for each mistake."""
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+MAIN = [sys.executable, '-c', 'from newsrepro.cli import main; main()']
+HEAVY = {'torch', 'transformers', 'open_clip', 'papermill', 'snakemake', 'matplotlib', 'sklearn'}
+
+
+def newsrepro(*arguments, **options):
+    return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "A plain collection of 120 articles, and a run that finds each image at rank 2."
+    root = tmp_path_factory.mktemp('cli')
+    (root/'plain').mkdir()
+    names = [f'i{i}' for i in range(120)]
+    rows = ['article_id,title,image_id', *(f'a{i},Title {i},{name}' for i, name in enumerate(names))]
+    (root/'plain'/'articles.csv').write_text('\n'.join(rows), encoding='utf-8')
+    lists = [[f'a{i}', names[i - 1], name, *[n for n in names if n not in (name, names[i - 1])][:98]] for i, name in enumerate(names)]
+    (root/'run.tsv').write_text('\n'.join('\t'.join(line) for line in lists), encoding='utf-8')
+    return root
+
+
+@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data'])
+def test_starts_without_heavy_imports(command, files):
+    arguments = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain']}.get(command, [])
+    code = ('import sys\nfrom newsrepro.cli import run\n'
+            'assert run(sys.argv[1:]) == 0\n'
+            f'print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)')
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, '-c', code, command, *map(str, arguments)], capture_output=True, text=True)
+    assert done.stderr.strip() == '[]'
+    assert time.perf_counter() - began < 2*5  # 2 s on an idle machine
+
+
+def test_json_is_one_object_and_nothing_else(files):
+    for arguments in (['evaluate', files/'run.tsv', files/'plain'], ['check-data', files/'plain'], ['list'],
+                      ['compare', files/'run.tsv', files/'run.tsv', files/'plain']):
+        done = newsrepro(*arguments, '--json')
+        assert done.returncode == 0 and done.stderr == ''
+        assert isinstance(json.loads(done.stdout), dict) and done.stdout.count('\n') == 1
+
+
+def test_evaluate_follows_the_contract(files):
+    found = json.loads(newsrepro('evaluate', files/'run.tsv', files/'plain', '--json').stdout)
+    assert list(found) == ['n', 'found', 'MRR@100', 'R@1', 'R@5', 'R@10', 'R@20', 'R@50', 'R@100']
+    assert (found['n'], found['found'], found['MRR@100'], found['R@1'], found['R@5']) == (120, 120, 1/2, 0, 1)
+
+
+def test_compare_follows_the_contract(files):
+    found = json.loads(newsrepro('compare', files/'run.tsv', files/'run.tsv', files/'plain', '--json').stdout)
+    assert set(found) == {'n', 'metric', 'a', 'b', 'difference', 'ci95', 'p_value'}
+    assert (found['difference'], found['ci95'], found['p_value']) == (0, [0, 0], 1)
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['evalute', 'a', 'b'], 'evalute'),
+    (['evaluate', 'a'], 'TRUTH'),
+    (['evaluate', 'a', 'b', '--jsn'], '--jsn'),
+    (['evaluate', '{files}/no.tsv', '{files}/plain'], 'no.tsv'),
+    (['check-data', '{files}/nowhere'], 'nowhere'),
+    (['check-data', '{files}/run.tsv'], 'run.tsv'),
+    (['list', '--profile', 'papr'], 'paper'),
+    (['reproduce', '--jobs', 'two'], '--jobs'),
+    (['reproduce', '--weights', '{files}/nowhere'], 'no such folder'),
+    (['reproduce', '--set', '11_clip_sweep.sed=1'], 'seed'),
+    (['reproduce', '--device', 'cuda:42'], 'cuda:42'),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, files):
+    done = newsrepro(*(argument.format(files=files) for argument in arguments))
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
+    assert done.stderr.startswith('newsrepro: error: ') and said in done.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(' '.join([f"'{part}'" for part in MAIN]) + ' list | head -c 1', shell=True, capture_output=True, text=True)
+    assert done.stderr == ''
+
+
+def test_a_pipe_gets_whole_lines():
+    shown, told = newsrepro('list').stdout, json.loads(newsrepro('list', '--json').stdout)
+    assert '…' not in shown
+    for notebook in told['notebooks']:
+        assert all(parameter['name'] in shown for parameter in notebook['parameters'])
