@@ -106,7 +106,7 @@ def candidates(backbone: Backbone, folder: Path) -> Iterator[Path]:
     snapshots = sorted(folder.glob(f"models--{hub_repository(backbone).replace('/', '--')}/snapshots/*")) if hub_repository(backbone) else []
     inside = [*snapshots, folder/backbone.model, folder/hub_repository(backbone).rpartition('/')[2]]
     hub = [place/f'{stem}{suffix}' for place in inside for suffix in SUFFIXES for stem in ('open_clip_model', 'open_clip_pytorch_model', 'model')]
-    yield from (path for path in [*(folder/name for name in names if name), *hub] if path.is_file())
+    yield from (path for path in [*(folder/name for name in dict.fromkeys(names) if name), *hub] if path.is_file())
 
 # %% ../nbs/04_embed.ipynb #find-checkpoint
 class MissingCheckpoint(InputError):
@@ -138,9 +138,11 @@ JIT_EXTRAS = ('input_resolution', 'context_length', 'vocab_size')
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     "The state dict in `path`; raises `InputError` where the file is corrupt or no checkpoint. No code of the file is run."
-    with warnings.catch_warnings(action='ignore'):  # torch announces that it takes a TorchScript archive for one, and will not for ever
+    with warnings.catch_warnings(action='ignore'):  # torch announces the end of TorchScript, in which OpenAI's files are kept
         try: state = load_state_dict(str(path), weights_only=True)
-        except Exception as error: raise InputError(f'{path}: corrupt or no checkpoint ({str(error).splitlines()[0][:120]})') from None
+        except Exception as first:
+            try: state = torch.jit.load(str(path), map_location='cpu').state_dict()
+            except Exception: raise InputError(f'{path}: corrupt or no checkpoint ({str(first).splitlines()[0][:120]})') from None
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items() if key not in JIT_EXTRAS}
 
 def check_weights(state: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path, name: str) -> None:
