@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER_BACKBONES', 'MINI_DIR', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_BACKBONES', 'SUFFIXES', 'JIT_EXTRAS', 'Backbone',
            'find_backbone', 'hub_repository', 'openai_file', 'candidates', 'MissingCheckpoint', 'search_places',
-           'find_checkpoint', 'read_weights', 'check_weights', 'preprocessing', 'tokenizer', 'Encoder', 'build_model',
-           'load_encoder', 'batches', 'encode_batch', 'prepared', 'encode', 'content_key', 'read_shard',
+           'find_checkpoint', 'read_weights', 'check_weights', 'preprocessing', 'merges_file', 'tokenizer', 'Encoder',
+           'build_model', 'load_encoder', 'batches', 'encode_batch', 'prepared', 'encode', 'content_key', 'read_shard',
            'EmbeddingStore', 'embed', 'encoding_cost']
 
 # %% ../nbs/04_embed.ipynb #imports
@@ -160,10 +160,13 @@ def preprocessing(backbone: Backbone) -> PreprocessCfg:
     published = open_clip.pretrained.get_pretrained_cfg(backbone.model, backbone.tag)
     return PreprocessCfg(**merge_preprocess_dict(asdict(PreprocessCfg()), published) | {'size': backbone.px})
 
+def merges_file(backbone: Backbone) -> Path:
+    "Byte-pair merges of the tokenizer: the project's own for the mini backbones, else open_clip's copy of CLIP's."
+    return MINI_DIR/'bpe.txt.gz' if backbone.tag == 'mini' else Path(open_clip.tokenizer.default_bpe())
+
 def tokenizer(backbone: Backbone):
     "Callable: list of texts -> (n, 77) token ids, cut at 77 *tokens* with the end token kept."
-    own = MINI_DIR/'bpe.txt.gz'
-    return open_clip.get_tokenizer(backbone.model, **({'bpe_path': str(own)} if backbone.tag == 'mini' else {}))
+    return open_clip.get_tokenizer(backbone.model, **({'bpe_path': str(merges_file(backbone))} if backbone.tag == 'mini' else {}))
 
 # %% ../nbs/04_embed.ipynb #encoder
 @dataclass(frozen=True)
@@ -184,8 +187,9 @@ class Encoder:
     def label(self) -> str: return f'{self.backbone.model}:{self.backbone.tag}:{self.fingerprint[:12]}'
     @property
     def key(self) -> str:
-        "Model, checkpoint, preprocessing and precision in one word: what an embedding depends on besides its input."
-        facts = [self.backbone.model, self.fingerprint, repr(preprocessing(self.backbone)), self.backbone.quick_gelu, self.precision, torch.device(self.device).type]
+        "Model, checkpoint, tokenizer, preprocessing and precision in one word: what an embedding depends on besides its input."
+        merges = hashlib.sha256(merges_file(self.backbone).read_bytes()).hexdigest()
+        facts = [self.backbone.model, self.fingerprint, merges, repr(preprocessing(self.backbone)), self.backbone.quick_gelu, self.precision, torch.device(self.device).type]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 # %% ../nbs/04_embed.ipynb #load-encoder

@@ -1,0 +1,101 @@
+"""The mini study as a newcomer runs it: complete, repeatable to the byte, and the same command on a folder of one's own."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from newsrepro.study import NOTEBOOKS, mini_root, published_table
+
+NEWSREPRO = Path(sys.executable).with_name('newsrepro')
+
+
+def newsrepro(*arguments, **environment):
+    return subprocess.run([NEWSREPRO, *map(str, arguments)], capture_output=True, text=True, env=os.environ | environment)
+
+
+def contents(out: Path, *kinds: str) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for kind in kinds for path in sorted((out/kind).rglob('*')) if path.is_file()}
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp('study')/'mini'
+    done = newsrepro('reproduce', '--out', out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_everything_promised_is_there(study):
+    for notebook in NOTEBOOKS:
+        for table in notebook.tables: assert (study/'tables'/f'{table}.csv').stat().st_size and (study/'tables'/f'{table}.md').stat().st_size
+        for figure in notebook.figures: assert (study/'figures'/f'{figure}.png').read_bytes().startswith(b'\x89PNG')
+        assert (study/'notebooks'/f'{notebook.name}.ipynb').exists()
+    assert len(list((study/'runs'/'zhang2022').glob('TW+RSS+RT-*.tsv'))) == 9
+    assert (study/'index.html').exists()
+    manifest = json.loads((study/'manifest.json').read_text())
+    assert {'settings', 'git_commit', 'versions'} <= set(manifest) or 'notebooks' in manifest
+
+
+def rows(study, table): return list(csv.DictReader((study/'tables'/f'{table}.csv').open(encoding='utf-8')))
+
+
+def test_tables_say_what_made_them_and_claim_nothing(study):
+    for row in rows(study, 'zhang2022-table-2'):
+        assert (row['profile'], row['seed']) == ('mini', '0') and row['data'].startswith('newsimages2022:')
+        assert row['checkpoint'].startswith('mini-') and row['commit'] and row['published'] == row['difference'] == ''
+    text = (study/'tables'/'zhang2022-table-2.md').read_text()
+    assert "not the paper's" in text and all(f'{value:.4f}' in text for value in published_table('zhang2022-table-2').values())
+
+
+def test_the_sweep_says_something(study):
+    "No measure saturated, and the strongest backbone further from the weakest than its interval is wide."
+    mrr = {row['run']: {key: float(row[key]) for key in ('value', 'ci_low', 'ci_high')} for row in rows(study, 'zhang2022-table-2')}
+    best, worst = max(mrr.values(), key=lambda m: m['value']), min(mrr.values(), key=lambda m: m['value'])
+    assert best['value'] - worst['value'] > best['ci_high'] - best['ci_low'] and best['ci_low'] > worst['ci_high']
+    for row in rows(study, 'zhang2022-extra-official-test'):
+        if row['metric'] == 'MRR@100': assert .05 < float(row['value']) < .6, row
+        assert 0 < float(row['value']) < 1, row
+
+
+def test_second_run_is_quick_and_changes_nothing(study):
+    before, start = contents(study, 'tables', 'runs', 'figures', 'notebooks'), time.perf_counter()
+    done = newsrepro('reproduce', '--out', study)
+    assert done.returncode == 0 and contents(study, 'tables', 'runs', 'figures', 'notebooks') == before
+    print(f'second run: {time.perf_counter() - start:.1f} s')
+
+
+def test_from_nothing_again_byte_for_byte(study, tmp_path):
+    "Collections generated anew, every embedding computed anew: the same tables and runs."
+    done = newsrepro('reproduce', '--out', tmp_path/'again', NEWSREPRO_CACHE=str(tmp_path/'cache'))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(tmp_path/'again', 'tables', 'runs') == contents(study, 'tables', 'runs')
+
+
+def test_a_folder_in_the_layout_of_2025(tmp_path):
+    "Own pictures and headlines; one picture is gone, one is broken, and the tables say which checkpoints ranked them."
+    captions = mini_root()/'captions'
+    table = list(csv.DictReader((captions/'captions.csv').open(encoding='utf-8')))
+    chosen = list({row['image_id']: row for row in table}.values())[:260]
+    folder = tmp_path/'my news'
+    (folder/'newsimages').mkdir(parents=True)
+    with (folder/'newsarticles.csv').open('w', encoding='utf-8-sig', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow('article_id article_url article_title article_tags image_id image_url'.split())
+        for i, row in enumerate(chosen):
+            writer.writerow([i, f'https://news.example/{i}', row['title'], 'a;b', row['image_id'], f'https://news.example/{i}.jpg'])
+            if i != 3: shutil.copy(captions/'images'/f"{row['image_id']}.jpg", folder/'newsimages')
+    (folder/'newsimages'/f"{chosen[5]['image_id']}.jpg").write_bytes(b'<html>404</html>')
+    out = tmp_path/'out'
+    done = newsrepro('reproduce', '--data', folder, '--out', out, '--set', '11_clip_sweep.backbones=RN50,ViT-B/32')
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(out, 'zhang2022-table-2')
+    assert [row['run'] for row in found] == ['RN50', 'ViT-B/32'] and all(row['n'] == '258' for row in found)
+    assert all(row['checkpoint'].startswith('mini-') for row in found)
+    dropped = json.loads((out/'provenance'/'11_clip_sweep.json').read_text())['dropped']
+    assert dropped['images: missing'] == 1 and dropped['images: broken'] == 1
