@@ -282,7 +282,8 @@ def plan_from_config(config: Mapping[str, Any],  # of Snakemake: `state`, or the
     if given := config.get('state'): return Path(given)
     for name in ('data', 'out', 'weights'):
         if (value := config.get(name, 'mini')) != 'mini' and not Path(value).is_absolute(): raise InputError(f'{name}={value}: give the full path')
-    lists = {name: str(config[name]).split(',') for name in ('only', 'sets') if name in config}
+    listed = lambda value: value if isinstance(value, list) else str(value).split(',')
+    lists = {name: listed(config[name]) for name in ('only', 'sets') if name in config}
     threads = int(config.get('threads', 1))
     plan = make_plan(**{k: str(v) for k, v in config.items() if k != 'threads' and k not in lists}, **lists)
     return write_plan(plan, stale_jobs(plan), threads) if write else plan[0].state
@@ -406,7 +407,7 @@ def keep_failure(job: Job, staging: Path, error: Exception,
     job.file('failed').parent.mkdir(parents=True, exist_ok=True)
     kept = job.file('failed', '.ipynb')
     if (staging/'notebook.ipynb').is_file(): os.replace(staging/'notebook.ipynb', kept)
-    write_json(job.file('failed'), dict(error=plain(said), cell=dict(cell), traceback=traceback[-12:], notebook=str(kept)))
+    write_json(job.file('failed'), dict(error=plain(said), cell=dict(cell), traceback=traceback[-10:], notebook=str(kept)))
 
 # %% ../nbs/25_reproduce.ipynb #run-job
 def run_job(path: str | None = None  # settings file; None = the process's first argument
@@ -473,6 +474,7 @@ def show_line(console, job: Job, status: str, left: Mapping) -> None:
     if status == 'done': console.print(f"[green]✓[/] {job.name}  {left['seconds']:.0f} s, {left['peak_memory_mb']} MB")
     else: console.print(f"[red]✗[/] {job.name}  failed in cell {left['cell'].get('id', '?')}", highlight=False)
 
+# %% ../nbs/25_reproduce.ipynb #follow
 def follow(process: subprocess.Popen, waiting: Sequence[Job], began: float, console, every: float = .2) -> None:
     "Show which notebooks run, at which cell and for how long, until `process` ends."
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -500,15 +502,14 @@ def show_failure(console, job: Job, blocked: str,  # name of the failed job that
     "Print why `job` has no result."
     from rich.markup import escape
     from rich.padding import Padding
-    from rich.syntax import Syntax
+    from rich.text import Text
     left = read_json(job.file('failed'))
     if blocked: console.print(f'[red]✗[/] {job.name}  not run: it reads the results of {blocked}', highlight=False); return
     if left is None: console.print(f'[red]✗[/] {job.name} ended without a word; the end of its log:\n{escape(tail)}', highlight=False); return
     cell = left['cell']
     console.print(f"\n[bold red]{job.name}[/] failed in cell {cell.get('number', '?')} [bold]{escape(cell.get('id', '?'))}[/]:", highlight=False)
     source = '\n'.join(cell.get('source', '').splitlines()[:25])
-    console.print(Padding(Syntax(source, 'python', background_color='default', word_wrap=True), (0, 4)))
-    console.print(Padding(escape('\n'.join(left['traceback'])), (1, 4)), highlight=False)
+    for part in (source, '\n'.join(left['traceback'])): console.print(Padding(Text(part), (0, 4, 1, 4)))
     console.print(f"as far as it got: {left['notebook']}", highlight=False, soft_wrap=True)
 
 # %% ../nbs/25_reproduce.ipynb #manifest
@@ -525,7 +526,8 @@ def make_manifest(out: Path, notebooks: Sequence[Notebook] = NOTEBOOKS) -> dict:
     records = {n.name: read_json(out/'.state'/'results'/f'{n.name}.json') for n in notebooks}
     entries = {name: _entry(record) for name, record in records.items() if record}
     latest = max(entries.values(), key=lambda entry: entry['began'], default={})
-    settings = {name: latest.get('parameters', {}).get(name) for name in ('profile', 'data', 'weights', 'device')}
+    settings = {name: latest.get(name, latest.get('parameters', {}).get(name)) for name in ('profile', 'device')}
+    settings |= {name: latest.get('parameters', {}).get(name) for name in ('data', 'weights')}
     return dict(newsrepro=package_version(), **settings, seeds={name: e['parameters'].get('seed') for name, e in entries.items()},
                 commit=latest.get('commit'), libraries=latest.get('libraries', {}), platform=platform.platform(), processor=platform.machine(),
                 seconds=round(sum(e['seconds'] for e in entries.values()), 1), notebooks=entries)

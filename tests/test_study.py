@@ -39,7 +39,9 @@ def test_everything_promised_is_there(study):
     assert len(list((study/'runs'/'zhang2022').glob('TW+RSS+RT-*.tsv'))) == 9
     assert (study/'index.html').exists()
     manifest = json.loads((study/'manifest.json').read_text())
-    assert {'settings', 'git_commit', 'versions'} <= set(manifest) or 'notebooks' in manifest
+    assert (manifest['profile'], manifest['data'], manifest['seeds']['11_clip_sweep']) == ('mini', 'mini', 0) and manifest['commit'] and manifest['libraries']['torch']
+    entry = manifest['notebooks']['11_clip_sweep']
+    assert len(entry['checkpoints']) == 9 and len(entry['data']['fingerprint']) == 64 and entry['seconds'] > 0 and entry['peak_memory_mb'] > 0
 
 
 def rows(study, table): return list(csv.DictReader((study/'tables'/f'{table}.csv').open(encoding='utf-8')))
@@ -97,5 +99,5 @@ def test_a_folder_in_the_layout_of_2025(tmp_path):
     found = rows(out, 'zhang2022-table-2')
     assert [row['run'] for row in found] == ['RN50', 'ViT-B/32'] and all(row['n'] == '258' for row in found)
     assert all(row['checkpoint'].startswith('mini-') for row in found)
-    dropped = json.loads((out/'provenance'/'11_clip_sweep.json').read_text())['dropped']
+    dropped = json.loads((out/'manifest.json').read_text())['notebooks']['11_clip_sweep']['dropped']
     assert dropped['images: missing'] == 1 and dropped['images: broken'] == 1
