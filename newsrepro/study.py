@@ -335,13 +335,15 @@ def save_run(s: Settings, dataset: str, run: str,
 
 # %% ../nbs/06_study.ipynb #write-figure
 def write_figure(s: Settings, figure,  # matplotlib figure
-                 name: str) -> Path:
+                 name: str,
+                 alt: str = ''  # the figure in words, kept as the files' description
+                ) -> Path:
     "Write `figures/<name>.png` and `.svg`; returns the path of the PNG."
     import matplotlib
     if name not in s.notebook.figures: raise ValueError(f'{s.notebook.name} does not declare a figure {name}')
     target = s.out_dir/'figures'/f'{name}.png'
     with matplotlib.rc_context({'svg.hashsalt': name}):
-        for path, metadata in ((target, {'Software': None}), (target.with_suffix('.svg'), {'Date': None})):
+        for path, metadata in ((target, {'Software': None, 'Description': alt}), (target.with_suffix('.svg'), {'Date': None, 'Description': alt})):
             with atomic_path(path) as part: figure.savefig(part, format=path.suffix[1:], dpi=150, bbox_inches='tight', metadata=metadata)
     return target
 

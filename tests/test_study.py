@@ -101,3 +101,10 @@ def test_a_folder_in_the_layout_of_2025(tmp_path):
     assert all(row['checkpoint'].startswith('mini-') for row in found)
     dropped = json.loads((out/'manifest.json').read_text())['notebooks']['11_clip_sweep']['dropped']
     assert dropped['images: missing'] == 1 and dropped['images: broken'] == 1
+
+
+def test_absent_checkpoints_are_refused_before_any_work(tmp_path):
+    done = newsrepro('reproduce', '--profile', 'paper', '--out', tmp_path/'paper', HF_HOME=str(tmp_path/'hub'), HF_HUB_OFFLINE='1')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    for part in ('checkpoint of RN50', 'RN50.pt', str(tmp_path/'hub'), '--weights'): assert part in done.stderr, done.stderr
+    assert not (tmp_path/'paper'/'tables').exists()
