@@ -15,7 +15,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/07_train.ipynb #contrastive-loss
 def twins(ids: Sequence) -> torch.Tensor:  # (n, n) bool
