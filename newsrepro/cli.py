@@ -50,7 +50,7 @@ def main() -> None:
 def console():
     "Where results for people go: as wide as the terminal, or wide enough for any table in a pipe."
     from rich.console import Console
-    return Console(highlight=False, width=None if sys.stdout.isatty() or 'COLUMNS' in os.environ else 160)
+    return Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() or 'COLUMNS' in os.environ else 160)
 
 def print_json(value: Mapping) -> None:
     "One JSON object on stdout."
