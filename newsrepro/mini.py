@@ -40,10 +40,10 @@ class World:
     captions: int = 9000          # captioned pictures
     german_captions: float = .25  # share of German captions
     press: float = .65      # share of captioned pictures that a press line describes too
-    named: float = .9      # chance that the opening names one visible kind of object
-    detail: float = .55      # chance that it tells the colour, and the count
-    scene_named: float = .55  # chance that it names the scene, and light or weather
-    unseen: float = .3     # chance that it also names an object which the picture does not show
+    named: float = .97      # chance that the opening names one visible kind of object
+    detail: float = .65      # chance that it tells the colour, and the count
+    scene_named: float = .75  # chance that it names the scene, and light or weather
+    unseen: float = .2     # chance that it also names an object which the picture does not show
     symbolic: float = .06   # share of pictures that show the topic, not the event
     recurrence: float = .15   # share of pictures that were used before, printed anew
     drift: float = 1.2      # strength with which topics, objects and names change over time; 0 = not at all
