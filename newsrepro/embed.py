@@ -68,7 +68,7 @@ MINI_BACKBONES = (
     Backbone('ViT-B/16',       'mini-ViT-B-16',     'mini',  56, 32, 0.28),
     Backbone('ViT-L/14',       'mini-ViT-L-14',     'mini',  64, 48, 0.73),
     Backbone('ViT-L/14@336px', 'mini-ViT-L-14-336', 'mini',  96, 48, 0.76),
-    Backbone('ViT-H/14',       'mini-ViT-H-14',     'mini',  64, 64, 1.61, quick_gelu=False),
+    Backbone('ViT-H/14',       'mini-ViT-H-14',     'mini',  64, 64, 1.54, quick_gelu=False),
 )
 REGISTRY = MappingProxyType({'paper': PAPER_BACKBONES, 'mini': MINI_BACKBONES})
 ZHANG_BACKBONES = tuple(b.name for b in PAPER_BACKBONES[:9])
