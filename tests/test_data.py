@@ -1,6 +1,5 @@
 "Reading collections: the official files, every fault named in the notebook, and properties of the table reader."
 import csv, json, os, shutil, subprocess, sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -116,7 +115,6 @@ def test_without_permission(closed, what, request):
     raises([f'{place}: cannot be read: Permission denied'], read_collection, closed.parent)
 
 def test_parquet(tmp_path):
-    if not any(map(find_spec, ('pyarrow', 'fastparquet'))): pytest.skip('Parquet needs pyarrow or fastparquet')
     pd.DataFrame(dict(article_id=[1, 2], title=['a', None], image_id=[7, None], date=pd.to_datetime(['2022-04-03 10:00', None]))).to_parquet(tmp_path/'a.parquet')
     table, _ = read_table(tmp_path/'a.parquet')
     assert table.values.tolist() == [['1', 'a', '7', '2022-04-03 10:00:00'], ['2', '', '', '']]
