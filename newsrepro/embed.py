@@ -13,7 +13,7 @@ __all__ = ['PAPER_BACKBONES', 'MINI_DIR', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_B
 import hashlib, json, logging, os, time, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,7 @@ class Backbone:
     dim: int  # dimensions of the joint space
     millions: float  # parameters, both towers
     quick_gelu: bool = True  # as the weights were trained
+    merges: str = ''  # byte-pair merges of its tokenizer, beside the shipped checkpoints; empty = the architecture's own
 
 PAPER_BACKBONES = (
     Backbone('RN50',           'RN50',         'openai', 224, 1024, 102.0),
@@ -58,7 +59,7 @@ PAPER_BACKBONES = (
 MINI_DIR = Path(newsrepro.__file__).parent/'mini_checkpoints'
 open_clip.add_model_config(MINI_DIR)
 
-MINI_BACKBONES = (
+MINI_BACKBONES = tuple(replace(backbone, merges='bpe.txt.gz') for backbone in (
     Backbone('RN50',           'mini-RN50',         'mini',  64, 64, 0.34),
     Backbone('RN101',          'mini-RN101',        'mini',  64, 32, 0.37),
     Backbone('RN50x4',         'mini-RN50x4',       'mini',  80, 40, 0.63),
@@ -69,7 +70,7 @@ MINI_BACKBONES = (
     Backbone('ViT-L/14',       'mini-ViT-L-14',     'mini',  64, 48, 0.73),
     Backbone('ViT-L/14@336px', 'mini-ViT-L-14-336', 'mini',  96, 48, 0.76),
     Backbone('ViT-H/14',       'mini-ViT-H-14',     'mini',  64, 64, 1.54, quick_gelu=False),
-)
+))
 REGISTRY = MappingProxyType({'paper': PAPER_BACKBONES, 'mini': MINI_BACKBONES})
 ZHANG_BACKBONES = tuple(b.name for b in PAPER_BACKBONES[:9])
 
@@ -161,12 +162,12 @@ def preprocessing(backbone: Backbone) -> PreprocessCfg:
     return PreprocessCfg(**merge_preprocess_dict(asdict(PreprocessCfg()), published) | {'size': backbone.px})
 
 def merges_file(backbone: Backbone) -> Path:
-    "Byte-pair merges of the tokenizer: the project's own for the mini backbones, else open_clip's copy of CLIP's."
-    return MINI_DIR/'bpe.txt.gz' if backbone.tag == 'mini' else Path(open_clip.tokenizer.default_bpe())
+    "Byte-pair merges of the tokenizer: those the registry names, else open_clip's copy of CLIP's."
+    return MINI_DIR/backbone.merges if backbone.merges else Path(open_clip.tokenizer.default_bpe())
 
 def tokenizer(backbone: Backbone):
     "Callable: list of texts -> (n, 77) token ids, cut at 77 *tokens* with the end token kept."
-    return open_clip.get_tokenizer(backbone.model, **({'bpe_path': str(merges_file(backbone))} if backbone.tag == 'mini' else {}))
+    return open_clip.get_tokenizer(backbone.model, **({'bpe_path': str(merges_file(backbone))} if backbone.merges else {}))
 
 # %% ../nbs/04_embed.ipynb #encoder
 @dataclass(frozen=True)
