@@ -36,7 +36,7 @@ setup(
                  'License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
     python_requires='>=' + cfg['min_python'],
     packages=[cfg['lib_path']],
-    package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_world.json', 'mini_checkpoints/*', 'templates/*']},
+    package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_world.json', 'mini_checkpoints/*', 'mini_checkpoints/*/*', 'templates/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},

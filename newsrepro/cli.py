@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'Truth', 'Pool', 'Short', 'fail', 'run', 'main', 'console', 'print_json', 'simple_table', 'newsrepro',
-           'reproduce', 'print_notebook', 'list_notebooks', 'check_data', 'evaluate', 'compare']
+           'reproduce', 'print_notebook', 'list_notebooks', 'check_data', 'fetch_progress', 'print_fetched',
+           'fetch_images', 'evaluate', 'compare']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -141,6 +143,68 @@ def check_data(
     target.print(simple_table(['', *found['splits']], rows, right=list(found['splits'])))
     for problem in found['problems']: target.print(f'- {problem}', markup=False, soft_wrap=True)
     if not found['problems']: target.print('no problems')
+
+# %% ../nbs/30_cli.ipynb #fetch-images
+@contextmanager
+def fetch_progress():
+    "Yield what shows the progress of `fetch_images` on stderr; it shows nothing where that is no terminal."
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from newsrepro.fetch import OUTCOMES
+    dropped, screen = 0, Console(stderr=True)
+    columns = ['fetching', BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]} images/s, {task.fields[dropped]} dropped'), TimeRemainingColumn()]
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task('', total=None, rate='-', dropped=0)
+        def show(done: int, of: int, outcome: str):
+            nonlocal dropped
+            if not outcome: bar.reset(task)
+            dropped += bool(outcome) and OUTCOMES[outcome][0] != 'have'
+            elapsed = bar.tasks[0].elapsed or 0
+            bar.update(task, completed=done, total=of, rate=f'{done/elapsed:.0f}' if elapsed > .2 else '-', dropped=dropped)
+        yield show
+
+def print_fetched(found: Mapping) -> None:  # of `newsrepro.fetch.fetch_images`
+    "Print what became of the images."
+    from newsrepro.fetch import OUTCOMES
+    target = console()
+    rows = [[outcome.replace('_', ' '), n, OUTCOMES[outcome][1]] for outcome, n in found['outcomes'].items()]
+    target.print(simple_table(['outcome', 'images', 'meaning'], rows, right=['images']))
+    target.print(f"{found['have']} of {found['images']} images are there, {found['dropped']} are dropped for good, {found['waiting']} may come in another run", soft_wrap=True)
+    rate = found['asked']/max(found['seconds'], .001)
+    target.print(f"{found['asked']} URLs asked in {found['seconds']:.1f} s ({rate:.0f} a second); report: {found['report']}", markup=False, soft_wrap=True)
+
+# %% ../nbs/30_cli.ipynb #fetch-command
+@app.command('fetch-images')
+def fetch_images(
+    folder: Annotated[Path, typer.Argument(metavar='DIR', help='Folder of a collection whose tables name images by URL.')],
+    dataset: Annotated[str | None, typer.Option(help='Only this data set, such as RSS.')] = None,
+    split: Annotated[str | None, typer.Option(help='Only train or test.')] = None,
+    limit: Annotated[int | None, typer.Option(help='Ask at most N URLs in this run.', min=1, metavar='N')] = None,
+    retry_failed: Annotated[bool, typer.Option('--retry-failed', help='Ask again for what failed for good, too: gone, refused, no image, too large and so on. '
+                                                               'What may pass (busy, server error, timeout, connection) is asked again in any case.')] = False,
+    convert: Annotated[str, typer.Option(help='Store as jpeg or png what is in another format.', metavar='FORMAT', show_default='each as it is')] = '',
+    jobs: Annotated[int, typer.Option(help='Requests at a time.', metavar='N')] = 32,
+    per_host: Annotated[int, typer.Option(help='Requests at a time to one host; a host that answers 429 gets fewer.', metavar='N')] = 6,
+    retries: Annotated[int, typer.Option(help='Attempts after the first, where a failure may pass.', metavar='N')] = 4,
+    timeout: Annotated[float, typer.Option(help='For a connection, and for each silence.', metavar='SECONDS')] = 20,
+    deadline: Annotated[float, typer.Option(help='That one image may take on the wire, all attempts together.', metavar='SECONDS')] = 120,
+    max_wait: Annotated[float, typer.Option(help='A host that asks for a longer wait is left alone until the next run.', metavar='SECONDS')] = 120,
+    max_bytes: Annotated[int, typer.Option(help='Largest file.', metavar='BYTES')] = 2**26,
+    max_pixels: Annotated[int | None, typer.Option(help='Largest image, width times height.', metavar='N', show_default='what check-data accepts')] = None,
+    user_agent: Annotated[str | None, typer.Option(help='What to call ourselves.', metavar='TEXT', show_default='newsrepro/VERSION and its address')] = None,
+    allow_private: Annotated[bool, typer.Option('--allow-private', help='Ask private and loopback addresses, too. Without it only the public internet is asked, and proxies of the environment are not used.')] = False,
+    as_json: JSON = False,
+) -> int:
+    """Download the images that a collection names by URL; what is there is not asked for, and an interrupted run is resumed.
+
+    DIR/fetch-report.csv says what became of each image, and why. Exit code 0: nothing is left that could come; 1: something may come in another run."""
+    from newsrepro.fetch import FetchSettings, fetch_images
+    chosen = dict(max_pixels=max_pixels, user_agent=user_agent)
+    settings = FetchSettings(jobs=jobs, per_host=per_host, timeout=timeout, deadline=deadline, max_bytes=max_bytes, retries=retries, max_wait=max_wait,
+                             allow_private=allow_private, convert=convert, **{name: value for name, value in chosen.items() if value is not None})
+    with fetch_progress() as progress: found = fetch_images(folder, settings, dataset, split, retry_failed, limit, progress)
+    print_json(found) if as_json else print_fetched(found)
+    return int(found['waiting'] > found['outcomes'].get('pending', 0))
 
 # %% ../nbs/30_cli.ipynb #evaluate
 def _run_file(name: str):

@@ -7,14 +7,14 @@ __all__ = ['PAPER_BACKBONES', 'MINI_DIR', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_B
            'find_backbone', 'hub_repository', 'openai_file', 'candidates', 'MissingCheckpoint', 'search_places',
            'find_checkpoint', 'read_weights', 'check_weights', 'preprocessing', 'merges_file', 'tokenizer', 'Encoder',
            'build_model', 'load_encoder', 'batches', 'encode_batch', 'prepared', 'encode', 'content_key', 'read_shard',
-           'EmbeddingStore', 'embed', 'encoding_cost']
+           'EmbeddingStore', 'embed', 'count_tokens', 'embed_windows', 'encoding_cost']
 
 # %% ../nbs/04_embed.ipynb #imports
 import hashlib, json, logging, os, time, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 import newsrepro
 from .data import InputError, atomic_path, open_image
+from .text import windows
 
 # %% ../nbs/04_embed.ipynb #backbone
 @dataclass(frozen=True)
@@ -303,6 +304,20 @@ def embed(encoder: Encoder, items: Sequence[str], kind: str,
         store.save(encoder, kind, part_keys, rows, time.perf_counter() - start)
         known.update(zip(part_keys, rows))
     return np.stack([known[key] for key in keys]) if keys else np.empty((0, encoder.backbone.dim), np.float32)
+
+# %% ../nbs/04_embed.ipynb #embed-windows
+def count_tokens(encoder: Encoder, text: str) -> int:
+    "Tokens of `text` in the encoder's own vocabulary, start and end left out."
+    tokenize = encoder.tokenize
+    return len(tokenize.encode(text) if hasattr(tokenize, 'encode') else tokenize.tokenizer(text, add_special_tokens=False).input_ids)
+
+def embed_windows(encoder: Encoder, texts: Sequence[str], store: EmbeddingStore, batch_size: int = 64) -> np.ndarray:  # (n, dim) float32, unit rows
+    "Embeddings of whole texts, however long: the mean over windows that each fit the encoder."
+    count = cache(lambda word: count_tokens(encoder, word))
+    parts = [windows(text, count, encoder.tokenize.context_length - 2) or [''] for text in texts]
+    rows = embed(encoder, [window for part in parts for window in part], 'text', store, batch_size)
+    mean = [own.mean(0) for own in np.split(rows, np.cumsum([len(part) for part in parts])[:-1])] if len(rows) else rows
+    return np.stack([row/np.linalg.norm(row) for row in mean]) if len(mean) else rows
 
 # %% ../nbs/04_embed.ipynb #encoding-cost
 def encoding_cost(encoder: Encoder, kind: str, store: EmbeddingStore) -> float:

@@ -27,9 +27,9 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data'])
+@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data', 'fetch-images'])
 def test_starts_without_heavy_imports(command, files):
-    arguments = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain']}.get(command, [])
+    arguments = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain'], 'fetch-images': [files/'plain']}.get(command, [])
     code = ('import sys\nfrom newsrepro.cli import run\n'
             'assert run(sys.argv[1:]) == 0\n'
             f'print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)')
@@ -40,7 +40,7 @@ def test_starts_without_heavy_imports(command, files):
 
 
 def test_json_is_one_object_and_nothing_else(files):
-    for arguments in (['evaluate', files/'run.tsv', files/'plain'], ['check-data', files/'plain'], ['list'],
+    for arguments in (['evaluate', files/'run.tsv', files/'plain'], ['check-data', files/'plain'], ['list'], ['fetch-images', files/'plain'],
                       ['compare', files/'run.tsv', files/'run.tsv', files/'plain']):
         done = newsrepro(*arguments, '--json')
         assert done.returncode == 0 and done.stderr == ''
@@ -67,6 +67,10 @@ def test_compare_follows_the_contract(files):
     (['check-data', '{files}/nowhere'], 'nowhere'),
     (['check-data', '{files}/run.tsv'], 'run.tsv'),
     (['list', '--profile', 'papr'], 'paper'),
+    (['fetch-images', '{files}/nowhere'], 'no such folder'),
+    (['fetch-images', '{files}/run.tsv'], 'a file'),
+    (['fetch-images', '{files}/plain', '--convert', 'gif'], '--convert gif: jpeg or png'),
+    (['fetch-images', '{files}/plain', '--max-pixels', '1000000000'], '--max-pixels'),
     (['reproduce', '--jobs', 'two'], '--jobs'),
     (['reproduce', '--weights', '{files}/nowhere'], 'no such folder'),
     (['reproduce', '--set', '11_clip_sweep.sed=1'], 'seed'),
@@ -76,6 +80,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, files):
     done = newsrepro(*(argument.format(files=files) for argument in arguments))
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
     assert done.stderr.startswith('newsrepro: error: ') and said in done.stderr
+
+
+def test_fetch_images_says_what_is_left(files):
+    "Nothing to ask for is a success; a server that may come back is not."
+    root = files/'web'
+    root.mkdir()
+    (root/'articles.csv').write_text('article_id,title,image_id,image_url\n1,Rain,a,http://127.0.0.1:9/a.jpg\n2,Snow,b,\n')
+    done = newsrepro('fetch-images', root)
+    assert (done.returncode, done.stderr) == (0, '') and 'not on the public internet' in done.stdout  # no bar in a pipe
+    done = newsrepro('fetch-images', root, '--allow-private', '--retries', 0, '--json')
+    found = json.loads(done.stdout)
+    assert (done.returncode, found['outcomes'], found['have'] + found['dropped'] + found['waiting']) == (1, dict(no_url=1, connection=1), found['images'])
+    assert (root/'fetch-report.csv').read_text().count('\n') == 1 + 2
 
 
 def test_a_closed_pipe_is_no_error():

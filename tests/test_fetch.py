@@ -1,0 +1,418 @@
+"""Images by URL against a server on loopback that does everything a bad one may do; each case must end in its row."""
+import asyncio
+import base64
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpcore
+import numpy as np
+import pytest
+from PIL import Image
+
+from newsrepro.data import InputError, check_data, read_collection
+from newsrepro.fetch import JOURNAL, LOCK, OUTCOMES, REPORT, FetchSettings, PublicBackend, fetch_images, read_report
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dict(timeout=1, deadline=3, retries=1, max_wait=2, allow_private=True, max_bytes=2**20)
+PUBLIC = '93.184.215.14'
+
+
+def picture(kind='JPEG', size=(60, 40), colour='red', **options) -> bytes:
+    Image.new('RGB', size, colour).save(raw := io.BytesIO(), kind, **options)
+    return raw.getvalue()
+
+
+NOISE = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8)).save(NOISE, 'JPEG')
+GOOD = NOISE.getvalue()
+
+
+def plain(body=b'', status='200 OK', **headers) -> bytes:
+    lines = [f'HTTP/1.1 {status}', f'Content-Length: {len(body)}', *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    return '\r\n'.join(lines).encode() + b'\r\n\r\n' + body
+
+
+class Server:
+    "An HTTP server that is told byte by byte what to say."
+    def __init__(self, context=None, pace=0.):
+        self.asked, self.heard, self.times, self.pace, self.context = Counter(), [], [], pace, context
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
+        self.thread.start()
+        self.ready.wait()
+        self.url = f'http://127.0.0.1:{self.port}'
+
+    async def serve(self):
+        self.loop, self.stop, self.open = asyncio.get_running_loop(), asyncio.Event(), 0
+        server = await asyncio.start_server(self.client, '127.0.0.1', 0, ssl=self.context, backlog=500)
+        self.port = server.sockets[0].getsockname()[1]
+        self.ready.set()
+        await self.stop.wait()
+
+    def close(self):
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join()
+
+    async def client(self, reader, writer):
+        try:
+            while True:
+                head = (await reader.readuntil(b'\r\n\r\n')).decode()
+                path = head.split()[1]
+                self.asked[path] += 1
+                self.heard.append(head)
+                self.times.append((time.monotonic(), path))
+                await asyncio.sleep(self.pace)
+                if not await self.answer(path.strip('/').split('/')[0], path, writer): break
+        except (ConnectionError, asyncio.CancelledError, asyncio.IncompleteReadError, ssl.SSLError): pass
+        finally: writer.close()
+
+    async def chunks(self, writer, piece, pause, head=b''):
+        writer.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n' + head + b'\r\n')
+        while True:
+            writer.write(b'%x\r\n' % len(piece) + piece + b'\r\n')
+            await writer.drain()
+            await asyncio.sleep(pause)
+
+    async def answer(self, what, path, writer) -> bool:  # whether the connection stays open
+        first = self.asked[path] == 1
+        if what == 'silent': await asyncio.sleep(30)
+        if what == 'slow-head':
+            for byte in plain(GOOD)[:300]: writer.write(bytes([byte])); await writer.drain(); await asyncio.sleep(.1)
+        if what == 'drip': await self.chunks(writer, b'x', .05)
+        if what == 'endless': await self.chunks(writer, bytes(2**16), 0)
+        if what == 'reset':
+            writer.transport.abort()
+            return False
+        said = {
+            'gone': plain(b'none', '410 Gone'), 'missing': plain(b'none', '404 Not Found'), 'forbidden': plain(b'', '403 Forbidden'), 'empty': plain(b''),
+            'broken-once': plain(b'', '500 Oops') if first else plain(GOOD), 'unavailable-once': plain(b'', '503 Busy') if first else plain(GOOD),
+            'limited-once': plain(b'', '429 Slow down', Retry_After=2) if first else plain(GOOD), 'limited': plain(b'', '429 Slow down', Retry_After=0),
+            'limited-long': plain(b'', '503 Later', Retry_After=86400),
+            'page': plain(b'<html><body>Not here</body></html>', Content_Type='image/jpeg'), 'half': plain(GOOD[:len(GOOD)//2]),
+            'cut': plain(GOOD).replace(str(len(GOOD)).encode(), str(len(GOOD) + 999).encode(), 1), 'cut-open': b'HTTP/1.1 200 OK\r\n\r\n' + GOOD[:len(GOOD)//2],
+            'open': b'HTTP/1.1 200 OK\r\n\r\n' + GOOD, 'bomb': plain(BOMB), 'huge': b'HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n' + GOOD,
+            'loop': plain(b'', '302 Found', Location='/loop2'), 'loop2': plain(b'', '302 Found', Location='/loop'),
+            'chain': plain(b'', '301 Moved', Location=path + '/x'), 'moved': plain(b'', '308 Moved', Location='good'), 'nowhere': plain(b'', '302 Found'),
+            'to-file': plain(b'', '302 Found', Location='file:///etc/passwd'), 'to-loopback': plain(b'', '302 Found', Location=f'http://127.0.0.1:{self.port}/good'),
+            'to-other': plain(b'', '302 Found', Location=f'http://other.example:{self.port}/good'), 'to-metadata': plain(b'', '302 Found', Location='http://[::ffff:169.254.169.254]/latest'),
+            'gzip': plain(gzip.compress(GOOD), Content_Encoding='gzip'), 'gzip-bomb': plain(GZIP_BOMB, Content_Encoding='gzip'),
+            'brotli': plain(b'xx', Content_Encoding='br'), 'garbage': b'220 smtp.example ESMTP\r\n', 'png': plain(PNG, Content_Type='image/jpeg'),
+        }.get(what) or plain(GOOD)
+        writer.write(said)
+        await writer.drain()
+        return what not in ('cut', 'cut-open', 'open', 'huge', 'garbage')
+
+
+Image.new('1', (12000, 12000)).save(raw := io.BytesIO(), 'PNG')
+BOMB = raw.getvalue()  # 144 million pixels in 18 KB
+GZIP_BOMB, PNG = gzip.compress(bytes(2**25)), picture('PNG')
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def collection(folder: Path, urls: dict[str, str]) -> Path:
+    "A plain collection whose images have these URLs."
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/'articles.csv', 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file).writerows([('article_id', 'title', 'image_id', 'image_url'), *((n, f'Title {n}', i, url) for n, (i, url) in enumerate(urls.items()))])
+    return folder
+
+
+def by_id(folder: Path) -> dict[str, dict]:
+    return {image: row for (_, image), row in read_report(folder).items()}
+
+
+def mapped(server, names=('news.example', 'other.example')) -> PublicBackend:
+    "A backend to which some names are public, and whose way to their address ends at `server`; it counts what it dials."
+    class Wire(httpcore.AnyIOBackend):
+        dialled = []
+        async def connect_tcp(self, host, port, *rest, **more):
+            self.dialled.append(host)
+            return await super().connect_tcp('127.0.0.1' if host == PUBLIC else host, server.port, *rest, **more)
+    async def resolve(host, port): return [PUBLIC] if host in names else [host.strip('[]')]
+    return PublicBackend(resolve=resolve, network=Wire())
+
+
+CASES = dict(good='fetched', open='fetched', moved='fetched', gzip='fetched', png='fetched', missing='gone', gone='gone', forbidden='refused', nowhere='refused', brotli='refused',
+             page='not_image', empty='not_image', half='damaged', bomb='too_large', huge='too_large', endless='too_large', loop='redirects', chain='redirects')
+CASES |= {'gzip-bomb': 'too_large', 'to-file': 'redirects', 'broken-once': 'fetched', 'unavailable-once': 'fetched', 'limited-once': 'fetched', 'limited': 'busy',
+          'limited-long': 'busy', 'silent': 'timeout', 'drip': 'timeout', 'slow-head': 'timeout', 'cut': 'connection', 'cut-open': 'connection', 'reset': 'connection', 'garbage': 'connection'}
+
+
+def test_every_case_ends_in_its_row(server, tmp_path):
+    folder = collection(tmp_path/'c', {what: f'{server.url}/{what}' for what in CASES})
+    began = time.monotonic()
+    found = fetch_images(folder, FetchSettings(**QUICK, jobs=16, per_host=16))
+    assert time.monotonic() - began < 20
+    rows = by_id(folder)
+    assert {what: row['status'] for what, row in rows.items()} == CASES
+    assert all(bool(row['reason']) != (row['status'] == 'fetched') for row in rows.values())
+    assert {p.name for p in (folder/'images').iterdir()} == {f"{what}.{'png' if what == 'png' else 'jpg'}" for what, outcome in CASES.items() if outcome == 'fetched'}
+    assert (folder/'images'/'good.jpg').read_bytes() == (folder/'images'/'gzip.jpg').read_bytes() == GOOD
+    assert (rows['good']['width'], rows['good']['height'], rows['good']['bytes'], rows['good']['http_status'], rows['good']['file']) == \
+           ('120', '80', str(len(GOOD)), '200', 'images/good.jpg')
+    assert '10000000000 bytes announced' in rows['huge']['reason'] and '12000 x 12000 pixels' in rows['bomb']['reason'] and '404' in rows['missing']['reason']
+    assert found['have'] + found['dropped'] + found['waiting'] == found['images'] == len(CASES)
+    assert check_data(folder)['splits']['train']['with_image'] == list(CASES.values()).count('fetched')
+    # a passing failure is tried as often as allowed, a lasting one once; what asks to come back tomorrow is not
+    assert {what: server.asked[f'/{what}'] for what in ('missing', 'page', 'half', 'huge', 'silent', 'cut', 'reset', 'limited', 'limited-long')} == \
+           dict(missing=1, page=1, half=1, huge=1, silent=2, cut=2, reset=2, limited=2) | {'limited-long': 1}
+
+
+def test_second_run_asks_only_for_what_may_have_passed(server, tmp_path):
+    folder = collection(tmp_path/'c', {what: f'{server.url}/{what}' for what in CASES if what not in ('endless', 'silent', 'drip', 'slow-head')})
+    fetch_images(folder, FetchSettings(**QUICK))
+    server.asked.clear()
+    found = fetch_images(folder, FetchSettings(**QUICK | dict(retries=0)))
+    assert set(server.asked) == {f'/{what}' for what, outcome in CASES.items() if OUTCOMES[outcome][0] == 'again' and what in by_id(folder)}
+    assert found['outcomes']['present'] == list(CASES.values()).count('fetched')
+    server.asked.clear()
+    fetch_images(folder, FetchSettings(**QUICK | dict(retries=0)), retry_failed=True)
+    assert {'/missing', '/page', '/huge'} <= set(server.asked) and '/good' not in server.asked
+
+
+def test_only_public_addresses_are_dialled(server, tmp_path):
+    "The redirect of a public server to loopback or to a cloud's metadata is refused, and no byte goes there."
+    urls = {what: f'http://news.example/{what}' for what in ('good', 'to-loopback', 'to-metadata', 'to-file')} | {'direct': f'{server.url}/good', 'six': 'http://[::1]/good'}
+    folder, backend = collection(tmp_path/'c', urls), mapped(server)
+    fetch_images(folder, FetchSettings(**QUICK | dict(allow_private=False)), backend=backend)
+    rows = by_id(folder)
+    assert {i: row['status'] for i, row in rows.items()} == {'good': 'fetched', 'to-file': 'redirects', **dict.fromkeys(('to-loopback', 'to-metadata', 'direct', 'six'), 'bad_address')}
+    assert set(backend.network.dialled) == {PUBLIC}
+    assert server.asked['/good'] == 1
+    found = fetch_images(folder, FetchSettings(**QUICK))  # now they may be asked, without --retry-failed
+    assert by_id(folder)['direct']['status'] == 'fetched' and found['asked'] == 4
+
+
+def test_a_name_that_changes_its_address_is_checked_for_each_connection(server, tmp_path):
+    backend, answers = mapped(server), iter([PUBLIC])
+    async def resolve(host, port): return [next(answers, '127.0.0.1')]
+    backend.resolve = resolve
+    folder = collection(tmp_path/'c', {'a': 'http://news.example/open/1', 'b': 'http://news.example/open/2'})  # each closes its connection
+    fetch_images(folder, FetchSettings(**QUICK | dict(allow_private=False), per_host=1), backend=backend)
+    assert [row['status'] for row in by_id(folder).values()].count('bad_address') == 1
+    assert backend.network.dialled == [PUBLIC]
+
+
+def test_tls_verifies_the_name_although_an_address_is_dialled(tmp_path, monkeypatch):
+    if not shutil.which('openssl'): pytest.skip('no openssl to make a certificate with')
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-keyout', tmp_path/'key.pem', '-out', tmp_path/'cert.pem',
+                    '-subj', '/CN=news.example', '-addext', 'subjectAltName=DNS:news.example'], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path/'cert.pem', tmp_path/'key.pem')
+    monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path/'cert.pem'))
+    server = Server(context)
+    try:
+        folder = collection(tmp_path/'c', {'right': 'https://news.example/good', 'wrong': 'https://other.example/good'})
+        fetch_images(folder, FetchSettings(**QUICK | dict(allow_private=False)), backend=mapped(server))
+    finally: server.close()
+    rows = by_id(folder)
+    assert (rows['right']['status'], rows['wrong']['status']) == ('fetched', 'connection')
+    assert 'CERTIFICATE_VERIFY' in rows['wrong']['reason'] and rows['wrong']['attempts'] == '1'
+
+
+def test_a_password_stays_with_its_server(server, tmp_path):
+    folder = collection(tmp_path/'c', {'a': f'http://me:secret@news.example:{server.port}/to-other'})
+    fetch_images(folder, FetchSettings(**QUICK | dict(allow_private=False)), backend=mapped(server))
+    first, second = server.heard
+    assert by_id(folder)['a']['status'] == 'fetched'
+    assert f"Basic {base64.b64encode(b'me:secret').decode()}" in first and 'other.example' in second and 'Authorization' not in second
+    assert 'User-Agent: newsrepro/' in first
+
+
+def test_429_holds_back_the_whole_host(server, tmp_path):
+    folder = collection(tmp_path/'c', {'l': f'{server.url}/limited-once'} | {f'i{n}': f'{server.url}/good/{n}' for n in range(30)})
+    fetch_images(folder, FetchSettings(**QUICK | dict(retries=4), per_host=2))
+    limited = next(when for when, path in server.times if path == '/limited-once')
+    early = [path for when, path in server.times if limited + 1 < when < limited + 1.9]
+    assert early == [] and {row['status'] for row in by_id(folder).values()} == {'fetched'}
+
+
+def test_a_host_that_only_fails_is_left_alone(server, tmp_path):
+    folder = collection(tmp_path/'c', {f'i{n}': f'{server.url}/limited/{n}' for n in range(200)} | {'other': f'http://localhost:{server.port}/good'})
+    fetch_images(folder, FetchSettings(**QUICK | dict(retries=0), give_up=8, per_host=2))
+    rows = by_id(folder)
+    assert rows.pop('other')['status'] == 'fetched'
+    assert {row['status'] for row in rows.values()} == {'busy'} and sum(server.asked.values()) < 8 + 2 + 1
+    assert sum('left alone' in row['reason'] for row in rows.values()) > 180
+
+
+def test_no_more_requests_at_a_time_than_allowed(tmp_path):
+    server, most = Server(pace=.02), 0
+    answer, now = server.answer, 0
+    async def counting(*args):
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(.02)
+        now -= 1
+        return await answer(*args)
+    server.answer = counting
+    try: fetch_images(collection(tmp_path/'c', {f'i{n}': f'{server.url}/good/{n}' for n in range(40)}), FetchSettings(**QUICK, per_host=3))
+    finally: server.close()
+    assert 1 < most <= 3
+
+
+def test_one_url_is_fetched_once_for_all_its_images(server, tmp_path):
+    folder = collection(tmp_path/'c', {f'i{n}': f'{server.url}/good#{n}' for n in range(5)})
+    found = fetch_images(folder, FetchSettings(**QUICK))
+    assert (server.asked['/good'], found['outcomes']) == (1, dict(fetched=5))
+
+
+HOSTILE = ['../up', '..', '.', '/tmp/absolute', 'sub/dir', 'back\\slash', 'C:drive', 'nul', 'CON.jpg', 'x'*300, 'ü'*200, '.hidden', 'bell\a', 'question?']
+
+
+def test_no_table_writes_outside_its_folder(server, tmp_path):
+    folder = collection(tmp_path/'deep'/'c', {i: f'{server.url}/good' for i in HOSTILE} | {'fine': f'{server.url}/good'})
+    before = {p for p in tmp_path.rglob('*')}
+    fetch_images(folder, FetchSettings(**QUICK))
+    assert {p.relative_to(folder).as_posix() for p in set(tmp_path.rglob('*')) - before} == {'images', 'images/fine.jpg', REPORT, LOCK}
+    assert {row['status'] for i, row in by_id(folder).items() if i != 'fine'} == {'bad_name'}
+
+
+def test_links_lead_nowhere(server, tmp_path):
+    folder, outside = collection(tmp_path/'c', {'a': f'{server.url}/good'}), tmp_path/'outside'
+    outside.mkdir()
+    (folder/'images').symlink_to(outside)
+    with pytest.raises(InputError, match='reached by a link'): fetch_images(folder, FetchSettings(**QUICK))
+    (folder/'images').unlink()
+    (folder/'images').mkdir()
+    (folder/'images'/'a.jpg').symlink_to(outside/'victim.jpg')
+    (folder/JOURNAL).symlink_to(outside/'victim.txt')
+    with pytest.raises(InputError, match='cannot be written'): fetch_images(folder, FetchSettings(**QUICK))
+    (folder/JOURNAL).unlink()
+    assert fetch_images(folder, FetchSettings(**QUICK))['outcomes'] == dict(bad_name=1)
+    assert list(outside.iterdir()) == []
+
+
+def test_pictures_land_where_each_layout_looks(server, tmp_path):
+    "2021 (with a file name in the table), 2025, and a plain folder that has some pictures already."
+    old = tmp_path/'2021'
+    old.mkdir()
+    lines = [['articleID', 'aid', 'url', 'img', 'iid', 'hashvalue', 'title', 'text', 'imgFile'], *([f'{n}', f'{n}', 'u', f'{server.url}/good/{n}', f'{n}', 'h', 'Titel', 'Text', f'hash{n}.jpg'] for n in range(5))]
+    (old/'content2019-01.tsv').write_text('\n'.join('\t'.join(line) for line in lines))
+    new = tmp_path/'2025'
+    (new/'newsimages').mkdir(parents=True)
+    (new/'newsarticles.csv').write_text('article_id,article_url,article_title,article_tags,image_id,image_url\n' + ''.join(f'{n},u,Title,t,I{n},{server.url}/png/{n}\n' for n in range(5)))
+    mixed = collection(tmp_path/'plain', {'here': f'{server.url}/good/h', 'there': f'{server.url}/good/t'})
+    (mixed/'here.png').write_bytes(picture('PNG'))
+    for folder, file in ((old, 'images/3.jpg'), (new, 'newsimages/I3.png'), (mixed, 'there.jpg')):
+        found = fetch_images(folder, FetchSettings(**QUICK))
+        assert found['have'] == found['images'] and (folder/file).exists()
+        assert set(read_collection(folder).images.status) == {'ok'}
+    assert server.asked['/good/h'] == 0
+
+
+def test_convert_only_if_asked(server, tmp_path):
+    for convert, kinds in (('', ['JPEG', 'PNG']), ('jpeg', ['JPEG', 'JPEG']), ('png', ['PNG', 'PNG'])):
+        folder = collection(tmp_path/f'c{convert}', {'a': f'{server.url}/good', 'b': f'{server.url}/png'})
+        fetch_images(folder, FetchSettings(**QUICK, convert=convert))
+        assert [Image.open(folder/'images'/Path(by_id(folder)[i]['file']).name).format for i in 'ab'] == kinds
+        assert ((folder/'images'/'a.jpg').read_bytes() == GOOD) if convert != 'png' else True
+
+
+RUN = [sys.executable, '-c', 'from newsrepro.cli import main; main()', 'fetch-images']
+
+
+def started(server, folder, *options):
+    return subprocess.Popen([*RUN, folder, '--allow-private', '--per-host', '4', *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, 'nothing happened'
+        time.sleep(.01)
+
+
+@pytest.fixture
+def slow():
+    server = Server(pace=.05)
+    yield server
+    server.close()
+
+
+def test_kill_loses_nothing(slow, tmp_path):
+    folder = collection(tmp_path/'c', {f'i{n}': f'{slow.url}/good/{n}' for n in range(200)} | {f'm{n}': f'{slow.url}/missing/{n}' for n in range(20)})
+    wait = started(slow, folder)
+    wait_for(lambda: sum(slow.asked.values()) > 30)
+    wait.send_signal(signal.SIGKILL)
+    wait.communicate()
+    whole = {p.stem for p in (folder/'images').iterdir() if p.suffix == '.jpg'}
+    known = set(by_id(folder))
+    assert 10 < len(whole) < 200 and (folder/JOURNAL).exists() and not (folder/REPORT).exists()
+    before = Counter(slow.asked)
+    (folder/'images'/'.fetch-1-1.part').write_bytes(b'left by the kill')
+    done = started(slow, folder, '--json')
+    out, err = done.communicate()
+    assert (done.returncode, json.loads(out)['have'], json.loads(out)['dropped']) == (0, 200, 20), err
+    again = {path.rsplit('/')[-1] for path in slow.asked if slow.asked[path] > before[path] > 0}
+    assert not again & {i[1:] for i in whole | known if i.startswith('i')} and len(again) <= 4  # only those that were on the wire
+    assert len(list((folder/'images').iterdir())) == 200 and not (folder/JOURNAL).exists()
+
+
+def test_interrupted_it_writes_its_report(slow, tmp_path):
+    folder = collection(tmp_path/'c', {f'i{n}': f'{slow.url}/good/{n}' for n in range(2000)})
+    run = started(slow, folder)
+    wait_for(lambda: sum(slow.asked.values()) > 20)
+    second = started(slow, folder)  # while the first is at work
+    assert (second.communicate()[1].count('\n'), second.returncode) == (1, 2)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=20)
+    assert (run.returncode, out, err.count('\n')) == (130, '', 1) and 'interrupted' in err
+    rows = by_id(folder)
+    assert len(rows) == 2000 and not (folder/JOURNAL).exists()
+    assert {i for i, row in rows.items() if row['status'] == 'fetched'} == {p.stem for p in (folder/'images').iterdir()} != set()
+
+
+def test_memory_stays_bounded(server, tmp_path):
+    "Eight endless bodies at a time, of which 64 MiB each are read; the files are the only place where they are."
+    folder = collection(tmp_path/'c', {f'e{n}': f'{server.url}/endless/{n}' for n in range(8)} | {'b': f'{server.url}/bomb'})
+    code = ('import sys\nfrom newsrepro.fetch import *\n'
+            'high = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])/1024\n'
+            'fetch_images(sys.argv[1], FetchSettings(allow_private=True, jobs=1, max_bytes=1000))\nbefore = high()\n'
+            'found = fetch_images(sys.argv[1], FetchSettings(allow_private=True, per_host=8, deadline=20), retry_failed=True)\n'
+            'print(high() - before, found["outcomes"])')
+    if not Path('/proc/self/status').exists(): pytest.skip('no /proc to read the peak from')
+    done = subprocess.run([sys.executable, '-c', code, str(folder)], capture_output=True, text=True, check=True)
+    grown, outcomes = done.stdout.split(maxsplit=1)
+    assert float(grown) < 32 and 'fetched' not in outcomes
+    assert list((folder/'images').iterdir()) == []
+
+
+def test_a_full_disk_ends_the_run(server, tmp_path, monkeypatch):
+    import newsrepro.fetch as fetch
+    def full(*_): raise OSError(28, 'No space left on device')
+    folder = collection(tmp_path/'c', {f'i{n}': f'{server.url}/good/{n}' for n in range(20)})
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch.os, 'replace', lambda a, b: full() if str(b).endswith('.jpg') else os.rename(a, b))
+        with pytest.raises(OSError, match='No space left'): fetch_images(folder, FetchSettings(**QUICK))
+    assert {row['status'] for row in by_id(folder).values()} == {'pending'} and list((folder/'images').iterdir()) == []
+    assert fetch_images(folder, FetchSettings(**QUICK))['outcomes'] == dict(fetched=20)
+
+
+def test_the_official_tables(server, tmp_path):
+    "A copy of the 2021 collection whose URLs lead to loopback."
+    official = ROOT.parent/'shared'/'data'/'newsimages2021'
+    if not official.is_dir(): pytest.skip('no copy of NewsImages 2021 beside the repository')
+    for path in official.glob('*.tsv'): (tmp_path/path.name).write_bytes(path.read_bytes().replace(b'https://www.ksta.de', server.url.encode()))
+    found = fetch_images(tmp_path, FetchSettings(**QUICK), split='test', limit=50)
+    assert (found['images'], found['asked'], found['outcomes']['pending']) == (1915, 50, 1915 - found['have'])
+    assert check_data(tmp_path)['splits']['test']['with_image'] == found['have'] >= 50
