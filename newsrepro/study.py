@@ -48,6 +48,12 @@ NOTEBOOKS = (
              tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3', 'fukatsu2022-table-4',
                      'fukatsu2022-extra-alpha', 'fukatsu2022-extra-seeds', 'fukatsu2022-extra-splits', 'fukatsu2022-extra-options'),
              figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3', 'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training')),
+    Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
+             tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',)),
+    Notebook('15_dual_softmax', 'galanopoulos2022', 'Dual softmax and one-to-one matching (Galanopoulos & Mezaris 2022)',
+             tables=('galanopoulos2022-table-1a', 'galanopoulos2022-table-1b', 'galanopoulos2022-extra-tests', 'galanopoulos2022-extra-pool', 'galanopoulos2022-extra-broken',
+                     'galanopoulos2022-extra-fusion'),
+             figures=('galanopoulos2022-extra-temperature',), after=('14_txv',)),
 )
 
 # %% ../nbs/06_study.ipynb #papers

@@ -1,0 +1,90 @@
+"""Ranks, broken pairings and the choice of a temperature."""
+import numpy as np
+import pytest
+
+from newsrepro.data import InputError
+from newsrepro.dual_softmax import CORRECTIONS, TEMPERATURES, Case, Matched, choose_temperature, column_ranks, marked, with_distractors, without_images
+from newsrepro.metrics import rank_of_truth
+from newsrepro.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
+
+
+def make_case(n=60, m=60, noise=1.5, seed=0, hubs=2.):
+    "True pairs on the diagonal, noise everywhere, and some images that are near everything."
+    rng = np.random.default_rng(seed)
+    scores = .1*(np.eye(n, m)*4 + noise*rng.normal(size=(n, m)) + hubs*rng.gamma(.5, size=m))
+    ids = [f'i{j}' for j in range(m)]
+    pool = Matched([f'a{i}' for i in range(n)], ids, np.arange(m), {f'a{i}': f'i{i}' for i in range(min(n, m))})
+    bank = .1*(noise*rng.normal(size=(40, m)) + (scores.mean(0) - scores.mean())*10)
+    return Case(pool, scores, bank)
+
+
+def test_ranks_equal_those_of_the_lists():
+    case = make_case(20, 33)
+    scores = np.round(case.scores, 1)  # many ties
+    lists = case.pool.lists(best_columns(scores, 33))
+    assert (case.pool.ranks(scores) == rank_of_truth(lists, case.pool.truth)).all()
+
+
+def test_an_article_that_does_not_ask_counts():
+    pool = Matched(['a'], ['x', 'y'], np.arange(2), dict(a='y', b='x', c='gone'))
+    assert pool.ranks(np.array([[.2, .1]])).tolist() == [2, 0, 0]
+    assert column_ranks(np.zeros((2, 3)), np.array([2, -1])).tolist() == [3, 0]
+
+
+def test_corrections_help_against_hubs_and_lower_hubness():
+    case = make_case()
+    quality = lambda scores: (1/case.pool.ranks(scores)).mean()
+    plain = quality(case.scores)
+    for name in ('dual softmax', 'inverted softmax', 'Sinkhorn', 'CSLS', 'assignment'):
+        assert quality(CORRECTIONS[name](case.scores, .05, case.bank)) > plain, name
+    assert hubness(best_columns(CORRECTIONS['Sinkhorn'](case.scores, .05, case.bank), 10), 60) < hubness(best_columns(case.scores, 10), 60)
+
+
+def test_query_bank_sees_one_article_at_a_time():
+    case = make_case()
+    whole = query_bank_norm(case.scores, case.bank, .05)
+    assert np.allclose(whole, np.concatenate([query_bank_norm(row[None], case.bank, .05) for row in case.scores]))
+    assert not np.allclose(dual_softmax(case.scores, .05)[:1], dual_softmax(case.scores[:1], .05))
+
+
+def test_one_iteration_of_sinkhorn_is_dual_softmax():
+    for n, m in ((30, 30), (20, 50), (50, 20)):
+        z = make_case(n, m).scores
+        for T in (.01, .1, 1.): assert np.allclose(2*sinkhorn(z, T, 1), dual_softmax(z, T) + np.log(n/m))
+
+
+def test_sinkhorn_reaches_its_shares():
+    for n, m in ((30, 30), (20, 50)):
+        P = np.exp(sinkhorn(make_case(n, m).scores, .3, 300))
+        assert np.allclose(P.sum(1), 1, atol=1e-6) and np.allclose(P.sum(0), n/m, atol=1e-6)
+
+
+def test_distractors_leave_the_truth_and_lower_ranks():
+    case = make_case()
+    rng = np.random.default_rng(1)
+    more = with_distractors(case, .3*rng.normal(size=(60, 100)), np.zeros((40, 100)))
+    assert more.pool.truth == case.pool.truth and more.scores.shape == (60, 160) and more.bank.shape == (40, 160)
+    assert (more.pool.ranks(more.scores, 10**6) >= case.pool.ranks(case.scores, 10**6)).all()
+
+
+@pytest.mark.parametrize('share', [0, .2, .5])
+def test_missing_images(share):
+    case, fewer = make_case(), without_images(make_case(), share, seed=3)
+    assert len(fewer.pool.images) == 60 - round(60*share) == len(fewer.pool.truth) and len(fewer.pool.articles) == 60
+    ranks = dict(zip(case.pool.truth, case.pool.ranks(case.scores)))
+    after = dict(zip(fewer.pool.truth, fewer.pool.ranks(fewer.scores)))
+    assert all(0 < after[article] <= ranks[article] for article in after)
+    assert without_images(make_case(), share, seed=3).pool.images == fewer.pool.images
+
+
+def test_temperature_is_chosen_by_quality():
+    cases = [make_case(seed=seed) for seed in range(3)]
+    chosen = choose_temperature(cases, CORRECTIONS['dual softmax'])
+    value = lambda T: np.mean([(1/case.pool.ranks(dual_softmax(case.scores, T))).mean() for case in cases])
+    assert value(chosen) == max(map(value, TEMPERATURES))
+    assert choose_temperature(cases, CORRECTIONS['plain']) == max(TEMPERATURES)  # no difference: the one that corrects least
+    with pytest.raises(InputError, match='no pool'): choose_temperature([], CORRECTIONS['plain'])
+
+
+def test_transductive_is_marked():
+    assert [name for name in CORRECTIONS if marked(name) == name] == ['plain', 'QB-Norm']

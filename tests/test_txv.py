@@ -1,0 +1,121 @@
+"""T×V: shapes as in the paper, loss against loops, training that learns, and that finds what it has trained."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from newsrepro.data import InputError
+from newsrepro.retrieve import top_k
+from newsrepro.txv import TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix, recall_sum, train_txv, trained_txv
+
+
+def pairs(n, seed, dims=((12,), (10,)), noise=.3):
+    "Features of both sides are different projections of one hidden vector."
+    rng, mix = np.random.default_rng(seed), np.random.default_rng(99)
+    hidden = rng.normal(size=(n, 8))
+    return tuple([hidden @ mix.normal(size=(8, dim)) + noise*rng.normal(size=(n, dim)) for dim in side] for side in dims)
+
+
+def test_paper_size():
+    model = TxV([1024], [1024])
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    linear = lambda a, b: a*b + b
+    assert sum(np.prod(shape) for shape in shapes.values()) == linear(1024, 2048)*2 + linear(2048, 2048) + 3*2*2048
+    assert sorted(shape for shape in shapes.values() if len(shape) == 2) == [(2048, 1024), (2048, 1024), (2048, 2048)]
+    for name, value in model.named_parameters():  # Xavier-uniform weights, zero biases
+        if value.ndim == 2:
+            bound = (6/sum(value.shape))**.5
+            assert value.abs().max() <= bound and abs(value.std() - bound/3**.5) < .01*bound
+        elif name.endswith('0.bias'): assert not value.any()
+
+
+@pytest.mark.parametrize('T, V', [(1, 1), (2, 1), (1, 3), (2, 2), (3, 2)])
+def test_spaces(T, V):
+    model = TxV([4 + t for t in range(T)], [9 + v for v in range(V)], joint=6).eval()
+    texts, images = [torch.rand(5, 4 + t) for t in range(T)], [torch.rand(7, 9 + v) for v in range(V)]
+    assert model.texts(texts).shape == (T*V, 5, 6) and model.images(images).shape == (T*V, 7, 6)
+    # space t·V + v joins text feature t and image feature v: it hears of no other
+    for t in range(T):
+        for v in range(V):
+            changed = [x if i == v else torch.rand_like(x) for i, x in enumerate(images)]
+            assert torch.allclose(model.images(changed)[t*V + v], model.images(images)[t*V + v])
+            changed = [x if i == t else torch.rand_like(x) for i, x in enumerate(texts)]
+            assert torch.allclose(model.texts(changed)[t*V + v], model.texts(texts)[t*V + v])
+
+
+@pytest.mark.parametrize('hardest', [False, True])
+@pytest.mark.parametrize('shape', [(1, 2, 3), (1, 13, 5), (4, 7, 5)])
+def test_loss_against_loops(hardest, shape):
+    rng = np.random.default_rng(0)
+    text, image = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=shape)), dim=-1) for _ in range(2))
+    want = 0.
+    for t, v in zip(text.numpy(), image.numpy()):
+        for i in range(len(t)):
+            row = [max(0., .2 + t[i] @ v[j] - t[i] @ v[i]) for j in range(len(t)) if j != i]
+            column = [max(0., .2 + t[j] @ v[i] - t[i] @ v[i]) for j in range(len(t)) if j != i]
+            want += max(row) + max(column) if hardest else sum(row) + sum(column)
+    assert abs(margin_ranking_loss(text, image, .2, hardest).item() - want) < 1e-6
+
+
+def test_loss_gradient():
+    rng = np.random.default_rng(1)
+    text, image = (torch.from_numpy(rng.normal(size=(2, 4, 3))).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: margin_ranking_loss(a, b), (text, image))
+
+
+def test_similarity_is_the_sum_over_spaces():
+    texts, images = pairs(9, 0, ((12, 5), (10, 7, 3)))
+    model = TxV([12, 5], [10, 7, 3], joint=16).eval()
+    spaces = torch.einsum('snj,smj->nm', model.texts(as_tensors(texts, 'texts')), model.images(as_tensors(images, 'images'))).detach().numpy()
+    assert np.allclose(6*project(model, texts, 'text') @ project(model, images, 'image').T, spaces, atol=1e-5)
+    assert np.allclose(project(model, texts, 'text', batch_size=2), project(model, texts, 'text'), atol=1e-6)
+
+
+@pytest.mark.parametrize('dims', [((12,), (10,)), ((12, 6), (10, 9))])
+def test_training_finds_the_hidden_pairs(dims):
+    recipe = TxVRecipe(joint=128, epochs=8, batch_size=64, rate=2e-3)
+    model, history = train_txv(*pairs(600, 1, dims), *pairs(100, 2, dims), recipe)
+    texts, images = pairs(100, 3, dims)
+    places = top_k(project(model, texts, 'text'), project(model, images, 'image'), 10)[1]
+    assert (places == np.arange(100)[:, None]).any(1).mean() > .5  # chance: 0.1
+    assert max(r['recall_sum'] for r in history) > 2*recall_sum(np.random.default_rng(0).normal(size=(100, 100)))
+
+
+def test_training_is_repeatable_and_kept(tmp_path):
+    recipe, parts = TxVRecipe(joint=32, epochs=2, batch_size=50, rate=1e-3), (pairs(120, 1), pairs(40, 2))
+    model, history, key = trained_txv(tmp_path, *parts, recipe)
+    again, other = trained_txv(tmp_path, *parts, recipe), train_txv(*parts[0], *parts[1], recipe)
+    assert again[1:] == (history, key) and [r['loss'] for r in other[1]] == [r['loss'] for r in history]
+    for name, value in model.state_dict().items(): assert torch.equal(value, again[0].state_dict()[name]) and torch.equal(value, other[0].state_dict()[name])
+    assert trained_txv(tmp_path, *parts, replace(recipe, seed=1))[2] != key
+    touched = tuple([x.copy() for x in side] for side in parts[0]); touched[0][0][7, 3] += 1e-6
+    assert trained_txv(tmp_path, touched, parts[1], recipe)[2] != key
+
+
+def test_tuning_goes_on_from_its_start():
+    recipe = TxVRecipe(joint=32, epochs=3, batch_size=50, rate=2e-3)
+    start, _ = train_txv(*pairs(300, 1), *pairs(60, 2), recipe)
+    cold, warm = (train_txv(*pairs(120, 4), *pairs(60, 2), replace(recipe, epochs=1), begin)[1][0]['recall_sum'] for begin in (None, start))
+    assert warm > cold
+
+
+def test_unrelated_randomness_is_left_alone():
+    torch.manual_seed(5); want = torch.rand(3)
+    torch.manual_seed(5); train_txv(*pairs(20, 1), *pairs(20, 2), TxVRecipe(joint=8, epochs=1))
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_matrices_from_files(tmp_path):
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    np.save(tmp_path/'x.npy', x); save_file({'embeddings': x, 'ids': np.arange(4)}, tmp_path/'x.safetensors'); save_file({'any': x}, tmp_path/'one.safetensors')
+    for name in ('x.npy', 'x.safetensors', 'one.safetensors'): assert (read_matrix(tmp_path/name) == x).all()
+    np.save(tmp_path/'int.npy', np.ones((3, 2), int)); np.save(tmp_path/'pickle.npy', np.array([{}, {}], dtype=object), allow_pickle=True)
+    for name in ('int.npy', 'pickle.npy', 'absent.npy', 'x.txt'):
+        with pytest.raises(InputError, match=name): read_matrix(tmp_path/name)
+
+
+def test_recall_sum_by_hand():
+    z = np.array([[3., 1, 2], [4, 2, 1], [0, 0, 5]])  # ranks of texts 1, 2, 1; of images 2, 1, 1
+    assert np.isclose(recall_sum(z), 100*(2/3 + 1 + 1 + 2/3 + 1 + 1))
