@@ -38,7 +38,7 @@ setup(
     packages=[cfg['lib_path']],
     package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_world.json', 'mini_checkpoints/*', 'mini_checkpoints/*/*', 'templates/*']},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'features')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     cmdclass={'build_py': BuildWithNotebooks},
 )

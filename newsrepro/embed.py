@@ -272,16 +272,24 @@ class FeatureEncoder:
     model: torch.nn.Module  # with `encode_text` or `encode_image`
     fingerprint: str  # of its weights
     device: str
-    transform: Callable | None = None  # picture -> (3, px, px), of an image encoder
-    tokenize: Callable | None = None  # texts -> (n, length) token ids, of a text encoder
+    transforms: Callable | None = None  # picture -> (3, px, px), of an image encoder
+    tokenizes: Callable | None = None  # texts -> (n, length) token ids, of a text encoder
     precision: str = 'fp32'
+
+    @property
+    def transform(self) -> Callable: return self._of(self.transforms, 'texts')
+    @property
+    def tokenize(self) -> Callable: return self._of(self.tokenizes, 'images')
+    def _of(self, step, only: str):
+        if step is None: raise InputError(f'{self.backbone.name} encodes {only} only')
+        return step
 
     @property
     def label(self) -> str: return f'{self.backbone.name}:{self.fingerprint[:12]}'
     @property
     def key(self) -> str:
         "As of `Encoder`."
-        facts = [self.backbone.name, self.fingerprint, repr(self.transform), self.precision, torch.device(self.device).type]
+        facts = [self.backbone.name, self.fingerprint, repr(self.transforms), self.precision, torch.device(self.device).type]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 def local_weights(name: str, weights: Path | None) -> Path | None:
@@ -296,7 +304,6 @@ class ImageTower(torch.nn.Module):
     "A timm model as an encoder of pictures."
     def __init__(self, net: torch.nn.Module): super().__init__(); self.net = net
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor: return self.net(pixels)
-    def encode_text(self, tokens): raise InputError('a timm model encodes images, not texts')
 
 def by_place(state: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     "`state` under the model's names where the shapes agree one by one, else as it is."
@@ -333,7 +340,6 @@ class TextTower(torch.nn.Module):
     def __init__(self, net: torch.nn.Module): super().__init__(); self.net = net
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.net({'input_ids': tokens, 'attention_mask': (tokens != self.net.tokenizer.pad_token_id).long()})['sentence_embedding']
-    def encode_image(self, pixels): raise InputError('a sentence-transformers model encodes texts, not images')
 
 def load_text_encoder(name: str,  # a folder, or a name of the hub
                       weights: Path | None = None, device: str = 'cpu') -> FeatureEncoder:
@@ -348,7 +354,7 @@ def load_text_encoder(name: str,  # a folder, or a name of the hub
     backbone = Backbone(f'sentence-transformers:{Path(name).name}', Path(name).name, 'sentence-transformers', 0, len(net.encode('a text')),
                         sum(p.numel() for p in net.parameters())/1e6, False)
     tokenize = lambda texts: net.tokenizer(texts, padding=True, truncation=True, max_length=net.max_seq_length, return_tensors='pt').input_ids
-    return FeatureEncoder(backbone, TextTower(net).eval().requires_grad_(False), digest.hexdigest(), device, tokenize=tokenize)
+    return FeatureEncoder(backbone, TextTower(net).eval().requires_grad_(False), digest.hexdigest(), device, tokenizes=tokenize)
 
 def load_any(name: str,  # 'timm:NAME', 'sentence-transformers:NAME', or as `find_backbone` takes it
              profile: str = 'mini', weights: Path | None = None, device: str = 'cpu') -> Encoder | FeatureEncoder:

@@ -25,10 +25,10 @@ from torch.nn.functional import normalize
 
 from .data import Collection, InputError, atomic_path, random_split, read_collection
 from .embed import Encoder, EmbeddingStore, FeatureEncoder, embed
-from .fine_tune import news_texts
 from .metrics import measure
 from .retrieve import as_unit_rows
 from .study import mini_root
+from .text import english, select
 
 # %% ../nbs/14_txv.ipynb #block
 def block(inputs: int, outputs: int, dropout: float = .2) -> nn.Sequential:
@@ -281,7 +281,8 @@ def embed_collection(usable: Collection, encoders: Sequence[Encoder | FeatureEnc
                      image_encoders: Sequence[Encoder | FeatureEncoder] | None = None  # where they are not those of the texts
                     ) -> Features:
     "Embed every article and image once by each encoder."
-    texts = news_texts(usable.articles, selection, translate, provided=provided)
+    articles = usable.articles.assign(text='') if selection == 'title' else usable.articles  # a body that is not read need not be translated
+    texts = select(english(articles, translate, provided), selection)
     article_ids, image_ids = list(zip(usable.articles.dataset, usable.articles.article_id)), list(zip(usable.images.dataset, usable.images.image_id))
     return Features([dict(zip(article_ids, embed(encoder, texts, 'text', store))) for encoder in encoders],
                     [dict(zip(image_ids, embed(encoder, usable.images.path.tolist(), 'image', store, workers=workers))) for encoder in (encoders if image_encoders is None else image_encoders)])

