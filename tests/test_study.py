@@ -25,9 +25,8 @@ def contents(out: Path, *kinds: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-    "From nothing: collections generated, texts translated, models trained, every embedding computed."
     out = tmp_path_factory.mktemp('study')/'mini'
-    done = newsrepro('reproduce', '--out', out, NEWSREPRO_CACHE=str(out.parent/'cache'))
+    done = newsrepro('reproduce', '--out', out)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -68,16 +67,18 @@ def test_the_sweep_says_something(study):
 
 def test_second_run_is_quick_and_changes_nothing(study):
     before, start = contents(study, 'tables', 'runs', 'figures', 'notebooks'), time.perf_counter()
-    done = newsrepro('reproduce', '--out', study, NEWSREPRO_CACHE=str(study.parent/'cache'))
+    done = newsrepro('reproduce', '--out', study)
     assert done.returncode == 0 and contents(study, 'tables', 'runs', 'figures', 'notebooks') == before
     print(f'second run: {time.perf_counter() - start:.1f} s')
 
 
-def test_again_byte_for_byte(study, tmp_path):
-    "With collections, translations, models and embeddings that were made another time, the clone's own: the same tables and runs."
-    done = newsrepro('reproduce', '--out', tmp_path/'again')
+def test_from_nothing_again_byte_for_byte(study, tmp_path):
+    "Collections generated, texts translated, models trained and embeddings computed anew: the same tables and runs."
+    some = '11_clip_sweep', '12_fine_tune', '15_dual_softmax'  # the last brings 14_txv
+    done = newsrepro('reproduce', '--out', tmp_path/'again', *(word for name in some for word in ('--only', name)), NEWSREPRO_CACHE=str(tmp_path/'cache'))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert contents(tmp_path/'again', 'tables', 'runs') == contents(study, 'tables', 'runs')
+    again = contents(tmp_path/'again', 'tables', 'runs')
+    assert len(again) > 40 and again == {name: content for name, content in contents(study, 'tables', 'runs').items() if 'fukatsu2022' not in name}
 
 
 def test_a_folder_in_the_layout_of_2025(tmp_path):
