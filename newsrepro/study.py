@@ -362,7 +362,7 @@ def write_figure(s: Settings, figure,  # matplotlib figure
     target = s.out_dir/'figures'/f'{name}.png'
     with matplotlib.rc_context({'svg.hashsalt': name}):
         for path, metadata in [(target, {'Software': None, 'Description': alt})] + [(target.with_suffix('.svg'), {'Date': None, 'Description': alt})]*vector:
-            with atomic_path(path) as part: figure.savefig(part, format=path.suffix[1:], dpi=150, bbox_inches='tight', metadata=metadata)
+            with atomic_path(path) as part: figure.savefig(part, format=path.suffix[1:], dpi=150 if vector else 100, bbox_inches='tight', metadata=metadata)
     return target
 
 # %% ../nbs/06_study.ipynb #comparable
