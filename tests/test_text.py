@@ -172,7 +172,7 @@ def test_detection_never_fails(texts):
     assert len(detect_languages(texts)) == len(texts)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason='the official texts of 2021 are not at ../shared/data/newsimages2021')
+@pytest.mark.skipif(not SHARED.is_dir(), reason='no copy of NewsImages 2021 beside the repository')
 def test_official_texts():
     "9,445 German articles, selected in all ways; their taken-out paragraph breaks are found in about a fifth of them."
     articles = read_collection(SHARED).articles
