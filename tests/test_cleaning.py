@@ -152,7 +152,7 @@ def test_slang_is_lower_case_and_final():
 OFFICIAL = ROOT.parent/'shared'/'data'/'newsimages2021'
 
 
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason='the official 2021 texts are not here')
+@pytest.mark.skipif(not OFFICIAL.is_dir(), reason='no copy of NewsImages 2021 beside the repository')
 def test_official_texts():
     "Every 20th official text: numbers stay, English steps touch no German, and all at once is one by one."
     articles = read_collection(OFFICIAL).articles.iloc[::20]
