@@ -7,7 +7,8 @@ __all__ = ['CHOICES', 'RANGES', 'PUBMEDCLIP', 'twins', 'contrastive_loss', 'Reci
            'make_optimiser', 'set_modes', 'Pairs', 'normaliser', 'load_pairs', 'seed_of', 'batch_order', 'draw_boxes',
            'cut', 'ranks', 'join_ranks', 'gathered', 'Batch', 'image_side', 'prepare', 'batch_stream', 'encode_short',
            'towers', 'seeded', 'backward', 'validate', 'best_record', 'exhausted', 'digest', 'identity',
-           'save_checkpoint', 'load_checkpoint', 'refuse', 'optimise', 'share_start', 'agree', 'train', 'plot_history']
+           'save_checkpoint', 'load_checkpoint', 'refuse', 'take_step', 'optimise', 'share_start', 'agree', 'run_steps',
+           'train', 'plot_history']
 
 # %% ../nbs/07_train.ipynb #imports
 import hashlib, json, math, os, re, time
@@ -375,16 +376,23 @@ def refuse(model: torch.nn.Module, pairs: Pairs, valid: Pairs | None, recipe: Re
         raise InputError('batch normalisation over a batch in parts: set freeze_norms=True, or chunk=0 in one process')
 
 # %% ../nbs/07_train.ipynb #step
-def optimise(model: torch.nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, recipe: Recipe, normalise: Callable
-            ) -> dict:  # step, loss, rate
-    "One step of training."
-    rate = recipe.rate*rate_factor(batch.step, recipe)
+def take_step(model: torch.nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, step: int,
+              gradients: Callable[[], float]  # leaves them in the parameters; returns the loss
+             ) -> dict:  # step, loss, rate
+    "One step of any training."
+    rate = recipe.rate*rate_factor(step, recipe)
     for group in optimiser.param_groups: group['lr'] = rate*group['scale']
-    loss = backward(model, batch, recipe, normalise)
+    loss = gradients()
     if recipe.clip_norm: torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimiser.step(); optimiser.zero_grad(set_to_none=True)
+    return dict(step=step, loss=loss, rate=rate)
+
+def optimise(model: torch.nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, recipe: Recipe, normalise: Callable
+            ) -> dict:  # step, loss, rate
+    "One step of contrastive training."
+    record = take_step(model, optimiser, recipe, batch.step, lambda: backward(model, batch, recipe, normalise))
     with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
-    return dict(step=batch.step, loss=loss, rate=rate)
+    return record
 
 def share_start(model: torch.nn.Module, path: Path | None, step: int) -> None:
     "Give all processes the first one's weights, and clear away what a run killed while it wrote has left."
@@ -400,6 +408,32 @@ def agree(values: dict, model: torch.nn.Module) -> dict:
     dist.broadcast(shared, 0)
     return dict(zip(values, shared.tolist()))
 
+# %% ../nbs/07_train.ipynb #run-steps
+def run_steps(model: torch.nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe,
+              step: Callable[[int], dict],  # number of the step -> its record
+              validate: Callable[[], dict] | None,  # val_loss and what else there is
+              every: int,  # steps between validations
+              history: list[dict], best: dict | None,  # of `load_checkpoint`
+              mark: dict[str, str], path: Path | None, save_seconds: float, progress: bool) -> tuple[list[dict], dict | None]:  # history, best weights
+    "The loop of any training: validation, early stopping, checkpoints."
+    rank, start, saved, cost = ranks()[0], len(history), time.perf_counter(), 0.
+    began = saved - (history[-1]['seconds'] if history else 0)
+    with tqdm(total=recipe.steps, initial=start, disable=not progress or rank > 0, mininterval=2) as bar:
+        while len(history) < recipe.steps and not exhausted(history, recipe):
+            history.append(record := step(len(history)))
+            if validate and (len(history) % every == 0 or len(history) == recipe.steps):
+                record |= validate()
+                set_modes(model, recipe)
+                if recipe.keep != 'last' and best_record(history, recipe.keep) is record:
+                    best = {key: value.to('cpu', copy=True) for key, value in model.state_dict().items()}
+            record['seconds'] = time.perf_counter() - began
+            bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", rate=f"{record['rate']:.1e}", refresh=False)
+            if path and rank == 0 and (now := time.perf_counter()) - saved >= (save_seconds and max(save_seconds, 19*cost)):
+                save_checkpoint(path, model, optimiser, history, best, mark)
+                saved, cost = time.perf_counter(), time.perf_counter() - now
+    if path and rank == 0 and len(history) > start: save_checkpoint(path, model, optimiser, history, best, mark)
+    return history, best
+
 # %% ../nbs/07_train.ipynb #train
 def train(model: torch.nn.Module,  # an open_clip model on its device; trained in place, left ready to encode
           pairs: Pairs, recipe: Recipe,
@@ -413,46 +447,34 @@ def train(model: torch.nn.Module,  # an open_clip model on its device; trained i
     try:
         set_modes(model, recipe); refuse(model, pairs, valid, recipe)
         with torch.random.fork_rng(devices=[model.logit_scale.device] if model.logit_scale.is_cuda else []):
-            history, best = _loop(model, pairs, recipe, normalise, progress, valid, folder and Path(folder)/'checkpoint.pt', save_seconds)
+            history, best = _contrastive(model, pairs, recipe, normalise, progress, valid, folder and Path(folder)/'checkpoint.pt', save_seconds)
         if best: model.load_state_dict(best)
         return history
     finally: model.zero_grad(); model.eval().requires_grad_(False)
 
-def _loop(model, pairs, recipe, normalise, progress, valid, path, save_seconds) -> tuple[list[dict], dict | None]:  # history, best weights
-    rank, every, optimiser = ranks()[0], recipe.validate_every or max(1, len(pairs)//recipe.batch_size), make_optimiser(model, recipe)
+def _contrastive(model, pairs, recipe, normalise, progress, valid, path, save_seconds) -> tuple[list[dict], dict | None]:  # history, best weights
+    every, optimiser = recipe.validate_every or max(1, len(pairs)//recipe.batch_size), make_optimiser(model, recipe)
     mark = identity(model, pairs, valid, recipe, normalise) if path else {}
     history, best = load_checkpoint(path, model, optimiser, mark) if path else ([], None)
-    start = len(history)
-    share_start(model, path, start)
-    began, saved, cost = time.perf_counter() - (history[-1]['seconds'] if history else 0), time.perf_counter(), 0.
-    bar = tqdm(total=recipe.steps, initial=start, disable=not progress or rank > 0, mininterval=2)
-    with closing(batch_stream(pairs, recipe, image_side(model), start)) as stream, bar:
-        while len(history) < recipe.steps and not exhausted(history, recipe):
-            history.append(record := optimise(model, optimiser, next(stream), recipe, normalise))
-            if valid is not None and (len(history) % every == 0 or len(history) == recipe.steps):
-                record |= agree(validate(model, valid, recipe, normalise), model)
-                set_modes(model, recipe)
-                if recipe.keep != 'last' and best_record(history, recipe.keep) is record:
-                    best = {key: value.to('cpu', copy=True) for key, value in model.state_dict().items()}
-            record['seconds'] = time.perf_counter() - began
-            bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", rate=f"{record['rate']:.1e}", refresh=False)
-            if path and rank == 0 and (now := time.perf_counter()) - saved >= (save_seconds and max(save_seconds, 19*cost)):
-                save_checkpoint(path, model, optimiser, history, best, mark)
-                saved, cost = time.perf_counter(), time.perf_counter() - now
-    if path and rank == 0 and len(history) > start: save_checkpoint(path, model, optimiser, history, best, mark)
-    return history, best
+    share_start(model, path, len(history))
+    with closing(batch_stream(pairs, recipe, image_side(model), len(history))) as stream:
+        step = lambda _: optimise(model, optimiser, next(stream), recipe, normalise)
+        check = (lambda: agree(validate(model, valid, recipe, normalise), model)) if valid is not None else None
+        return run_steps(model, optimiser, recipe, step, check, every, history, best, mark, path, save_seconds, progress)
 
 # %% ../nbs/07_train.ipynb #plot-history
 def plot_history(history: Sequence[dict],  # what `train` returned
-                 title: str = '') -> Figure:
-    "Loss of training and validation, and validation R@1, over the steps."
+                 title: str = '',
+                 measure: tuple[str, str] = ('val_r1', 'validation R@1')  # drawn on the right: key of the records, label
+                ) -> Figure:
+    "Loss of training and validation, and a measure of validation, over the steps."
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
     validated = [record for record in history if 'val_loss' in record]
     column = lambda name, records: [record[name] for record in records]
     left.plot(column('step', history), column('loss', history), lw=.8, label='training')
     left.plot(column('step', validated), column('val_loss', validated), 'o-', ms=3, label='validation')
-    right.plot(column('step', validated), column('val_r1', validated), 'o-', ms=3, color='C1')
-    left.set(xlabel='step', ylabel='contrastive loss'); right.set(xlabel='step', ylabel='validation R@1', ylim=(0, None))
+    right.plot(column('step', validated), column(measure[0], validated), 'o-', ms=3, color='C1')
+    left.set(xlabel='step', ylabel='loss'); right.set(xlabel='step', ylabel=measure[1], ylim=(0, None))
     left.legend(); figure.suptitle(title)
     plt.close(figure)  # shown where it is asked for, once
     return figure
