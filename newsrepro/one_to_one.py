@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADROOM', 'TRANSDUCTIVE', 'check_temperature', 'as_logits', 'dual_softmax', 'best_columns', 'exp_sums', 'log_sums',
-           'exact_log_sums', 'dual_softmax_top_k', 'dual_softmax_top_k_of', 'inverted_softmax', 'csls', 'sinkhorn',
-           'assign', 'assigned_first', 'query_bank_norm', 'hubness', 'fuse']
+           'exact_log_sums', 'exact_columns', 'dual_softmax_top_k', 'dual_softmax_top_k_of', 'inverted_softmax', 'csls',
+           'sinkhorn', 'assign', 'assigned_first', 'query_bank_norm', 'hubness', 'fuse']
 
 # %% ../nbs/05a_one_to_one.ipynb #imports
 import math
@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import skew
 
 from .data import InputError
-from .retrieve import as_pair, block_sizes, check_k, cosine_block, over_queries, search
+from .retrieve import Handicap, as_pair, block_sizes, check_k, cosine_block, exact_search, over_queries
 
 # %% ../nbs/05a_one_to_one.ipynb #inputs
 def check_temperature(temperature: float) -> float:
@@ -57,36 +57,38 @@ def exp_sums(q: torch.Tensor, c: torch.Tensor,  # unit rows, (n, dim) and (m, di
              temperature: float, sizes: tuple[int, int],
              shift: float,  # taken off the logits
              fill: Callable  # torch.Tensor.exp_ or torch.Tensor.expm1_
-            ) -> tuple[torch.Tensor, torch.Tensor]:  # float64 (n,) and (m,)
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # float64 (n,) and (m,), and the largest term of each column
     "Sums by row and by column of `fill`(logits - `shift`); float32 within a block, float64 across."
     offset = torch.full((len(c),), shift, device=c.device) if shift else None
     def job(rows):
         by_row, by_column = torch.zeros(len(rows), dtype=torch.float64, device=c.device), torch.zeros(len(c), dtype=torch.float64, device=c.device)
-        z, room = rows/temperature, c.new_empty(len(rows)*min(sizes[1], len(c)))
+        z, room, peak = rows/temperature, c.new_empty(len(rows)*min(sizes[1], len(c))), c.new_empty(len(c))
         for start in range(0, len(c), sizes[1]):
             part = slice(start, start + sizes[1])
             block = fill(cosine_block(z, c[part], room, None if offset is None else offset[part]))
             by_row += block.mv(block.new_ones(block.shape[1]))
             by_column[part] += block.T.mv(block.new_ones(len(block)))
-        return by_row, by_column
-    rows, columns = [], torch.zeros(len(c), dtype=torch.float64, device=c.device)
-    for _, (by_row, by_column) in over_queries(job, q, sizes[0], c.device):
-        rows.append(by_row); columns += by_column
-    return torch.cat(rows), columns
+            peak[part] = block.amax(0)
+        return by_row, by_column, peak
+    rows, columns, peaks = [], torch.zeros(len(c), dtype=torch.float64, device=c.device), c.new_zeros(len(c))
+    for _, (by_row, by_column, peak) in over_queries(job, q, sizes[0], c.device):
+        rows.append(by_row); columns += by_column; peaks = torch.maximum(peaks, peak)
+    return torch.cat(rows), columns, peaks
 
 # %% ../nbs/05a_one_to_one.ipynb #log-sums
 def log_sums(q: torch.Tensor, c: torch.Tensor, temperature: float, sizes: tuple[int, int]
-            ) -> tuple[torch.Tensor, torch.Tensor]:  # R (n,) and C (m,), float64
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # R (n,), C (m,) float64, and what rounding errors of C are in proportion to
     "Log-sum-exp of the rows and of the columns of cosine/`temperature`."
+    even = torch.ones(len(c), dtype=torch.float64)
     if temperature >= 1:
-        rows, columns = exp_sums(q, c, temperature, sizes, 0., torch.Tensor.expm1_)
-        return math.log(len(c)) + (rows/len(c)).log1p(), math.log(len(q)) + (columns/len(q)).log1p()
+        rows, columns, _ = exp_sums(q, c, temperature, sizes, 0., torch.Tensor.expm1_)
+        return math.log(len(c)) + (rows/len(c)).log1p(), math.log(len(q)) + (columns/len(q)).log1p(), even
     shift = max(0., 1/temperature - HEADROOM)
     if shift < 2*HEADROOM:
-        rows, columns = exp_sums(q, c, temperature, sizes, shift, torch.Tensor.exp_)
+        rows, columns, peaks = exp_sums(q, c, temperature, sizes, shift, torch.Tensor.exp_)
         lost = 1.2e-38/1e-7  # an exponential below float32's smallest number is 0: harmless in a sum far above
-        if rows.min() > len(c)*lost and columns.min() > len(q)*lost: return shift + rows.log(), shift + columns.log()
-    return exact_log_sums(lambda rows: rows.double() @ c.double().T/temperature, q, len(c), sizes[0], c.device)
+        if rows.min() > len(c)*lost and columns.min() > len(q)*lost: return shift + rows.log(), shift + columns.log(), (peaks/columns).sqrt()
+    return *exact_log_sums(lambda rows: rows.double() @ c.double().T/temperature, q, len(c), sizes[0], c.device), even
 
 def exact_log_sums(logits: Callable,  # rows (queries, ...) -> their logits (queries, m), float64
                    q: torch.Tensor, m: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +97,19 @@ def exact_log_sums(logits: Callable,  # rows (queries, ...) -> their logits (que
     for _, (by_row, by_column) in over_queries(lambda part: ((z := logits(part)).logsumexp(1), z.logsumexp(0)), q, size, device):
         rows.append(by_row); columns = torch.logaddexp(columns, by_column)
     return torch.cat(rows), columns
+
+# %% ../nbs/05a_one_to_one.ipynb #exact-columns
+def exact_columns(q: torch.Tensor, c: torch.Tensor, places: np.ndarray,  # (columns,)
+                  near: np.ndarray,  # float64 (columns,), what is known of their log-sum-exp
+                  temperature: float, sizes: tuple[int, int]) -> np.ndarray:  # float64 (columns,)
+    "Log-sum-exp of some columns of cosine/`temperature` in float64; equal columns have equal ones, to the bit."
+    _, first, back = np.unique(c[torch.from_numpy(places).to(c.device)].cpu().numpy(), axis=0, return_index=True, return_inverse=True)
+    shift, sums = torch.from_numpy(near[first]).to(c.device), []
+    for part in torch.arange(len(first)).split(sizes[1]):
+        columns = c[torch.from_numpy(places[first])[part].to(c.device)].double().T/temperature
+        job = lambda rows: torch.addmm(shift[part], rows.double(), columns, beta=-1).exp_().sum(0)
+        sums.append(sum(total for _, total in over_queries(job, q, sizes[0], c.device)))
+    return (shift + torch.cat(sums).log()).cpu().numpy()[back.ravel()]
 
 # %% ../nbs/05a_one_to_one.ipynb #dual-top-k
 def dual_softmax_top_k(queries: np.ndarray,  # (n, dim), any scale: cosine normalises
@@ -107,11 +122,12 @@ def dual_softmax_top_k(queries: np.ndarray,  # (n, dim), any scale: cosine norma
     temperature, (q, c) = check_temperature(temperature), as_pair(queries, candidates, k)
     if not len(q): raise InputError('queries: dual softmax needs at least one')
     c = c.to(device)
-    R, C = log_sums(q, c, temperature, sizes)
-    handicap = (temperature/2*(C - C.mean())).float()
-    scores, places = search(q, c, k, sizes, handicap)
-    exact = 2/temperature*(scores.astype(np.float64) + (handicap.double().cpu().numpy() - temperature/2*C.cpu().numpy())[places])
-    return exact - R.cpu().numpy()[:, None], places
+    R, C, weight = (x.cpu().numpy() for x in log_sums(q, c, temperature, sizes))
+    middle, half = C.mean(), temperature/2
+    exact = lambda places: half*(exact_columns(q, c, places, C[places], temperature, sizes) - middle)
+    handicap = Handicap(half*(C - middle), weight, exact)
+    scores, places = exact_search(q, c, k, sizes, handicap)
+    return scores/half - middle - R[:, None], places
 
 # %% ../nbs/05a_one_to_one.ipynb #dual-top-k-of
 def dual_softmax_top_k_of(scores: np.ndarray,  # (n, m) similarities of any size, -inf where a pair is ruled out
