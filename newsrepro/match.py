@@ -6,10 +6,10 @@
 __all__ = ['VILT_RETRIEVAL', 'IGNORED', 'MatchRecipe', 'NewsPairs', 'load_news_pairs', 'right_pictures', 'draw_pictures',
            'mask_words', 'pad_texts', 'pad_pictures', 'together', 'alignment_loss', 'matching_loss', 'word_loss',
            'retrieval_loss', 'step_loss', 'draw_texts', 'gradients', 'validate_matching', 'match_step',
-           'match_identity', 'train_matcher']
+           'match_identity', 'train_matcher', 'trained_matcher']
 
 # %% ../nbs/07a_match.ipynb #imports
-import hashlib, json, math
+import copy, hashlib, json, math, os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from .data import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
 from .single_stream import Matcher, Vilt, encode_pairs, load_picture, load_vilt, match_logits, save_vilt
-from .train import Recipe, batch_order, digest, load_checkpoint, make_optimiser, run_steps, seed_of, set_modes, take_step
+import newsrepro.match, newsrepro.single_stream, newsrepro.train
+from .train import HISTORY, Recipe, batch_order, digest, load_checkpoint, make_optimiser, prune, run_steps, seed_of, set_modes, take_step
 
 # %% ../nbs/07a_match.ipynb #recipe
 @dataclass(frozen=True)
@@ -253,3 +254,24 @@ def train_matcher(matcher: Matcher,  # trained in place, left ready to score
     finally: model.zero_grad(); model.eval().requires_grad_(False)
     taught = {'mlm_score': recipe.mask > 0, 'rank_output': True}
     return replace(matcher, untrained=tuple(head for head in matcher.untrained if not taught[head]), fingerprint=digest(*model.state_dict().values())), history
+
+# %% ../nbs/07a_match.ipynb #trained-matcher
+def trained_matcher(start: Matcher,  # stays as it is
+                    name: str, pairs: NewsPairs, valid: NewsPairs | None, recipe: MatchRecipe,
+                    root: Path,  # folder of all trained models
+                    progress: bool = False,
+                    keep_bytes: float = 20e9,  # disk that the models in `root` may take
+                    save_seconds: float = 60.) -> tuple[Matcher, list[dict]]:  # called `name`; one record a step
+    "Train a copy of `start`, or take it from `root` where it was trained before; a run that was killed goes on."
+    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (newsrepro.match, newsrepro.single_stream, newsrepro.train)]
+    facts = match_identity(start, pairs, valid, recipe) | dict(device=start.model.device.type, threads=torch.get_num_threads(), torch=torch.__version__, code=code)
+    folder = Path(root)/hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    if not (folder/HISTORY).is_file():
+        made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid, folder, save_seconds, progress)
+        save_vilt(folder, made)
+        with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint, steps=history)), encoding='utf-8')
+    (folder/'checkpoint.pt').unlink(missing_ok=True)
+    os.utime(folder)
+    prune(folder.parent, keep_bytes, folder)
+    known, found = json.loads((folder/HISTORY).read_text(encoding='utf-8')), load_vilt(str(folder), device=str(start.model.device))
+    return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'], untrained=tuple(known['untrained']), mixed=start.mixed), known['steps']

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HEADS', 'VILT_FILES', 'VILT_WEIGHTS', 'PictureRule', 'load_picture', 'Vilt', 'encode_pairs', 'match_logits',
            'vilt_state', 'Matcher', 'picture_rule', 'new_vilt', 'vilt_config', 'vilt_weights', 'fill', 'load_vilt',
-           'word_pieces', 'save_vilt', 'start_from_vit', 'quantised', 'text_units', 'unit_pairs', 'embed_pictures',
-           'score_pairs', 'Journal', 'scorers', 'merge', 'Effort', 'refuse', 'score_chunk', 'rank_pairs',
-           'journal_name', 'matched_lists']
+           'untaught', 'word_pieces', 'save_vilt', 'start_from_vit', 'quantised', 'text_units', 'unit_pairs',
+           'embed_pictures', 'score_pairs', 'Journal', 'scorers', 'merge', 'Effort', 'refuse', 'score_chunk',
+           'rank_pairs', 'journal_name', 'matched_lists']
 
 # %% ../nbs/04a_single_stream.ipynb #imports
 import copy, hashlib, json, os, sqlite3, warnings
@@ -134,7 +134,8 @@ class Matcher:
     model: Vilt
     words: BertWordPieceTokenizer
     rule: PictureRule
-    fingerprint: str  # SHA-256 of its folder
+    fingerprint: str  # of its folder, or of the weights it was trained to
+    vocabulary: Path  # `vocab.txt`
     untrained: tuple[str, ...] = ()  # heads that the checkpoint did not have
     mixed: bool = False  # bfloat16 where torch deems it safe
 
@@ -201,7 +202,12 @@ def load_vilt(name: str,  # of the hub, of the package, or a folder
     path, model = vilt_weights(folder), new_vilt(vilt_config(folder), seed)
     absent = fill(model, vilt_state(read_weights(path)), path)
     return Matcher(Path(name).name, model.to(device).eval().requires_grad_(False), word_pieces(folder, model.config), picture_rule(folder, model.config),
-                   folder_fingerprint(folder), absent)
+                   folder_fingerprint(folder), folder/'vocab.txt', absent)
+
+def untaught(matcher: Matcher, seed: int = 0) -> Matcher:
+    "The same network with random weights."
+    model = new_vilt(matcher.model.config, seed).to(matcher.model.device).eval().requires_grad_(False)
+    return replace(matcher, name=f'{matcher.name}-scratch', model=model, fingerprint='', untrained=HEADS)
 
 # %% ../nbs/04a_single_stream.ipynb #word-pieces
 def word_pieces(folder: Path, config: ViltConfig) -> BertWordPieceTokenizer:
@@ -211,14 +217,14 @@ def word_pieces(folder: Path, config: ViltConfig) -> BertWordPieceTokenizer:
         raise InputError(f'{folder/"vocab.txt"}: {words.get_vocab_size()} word pieces, the model has {config.vocab_size}')
     return words
 
-def save_vilt(folder: Path, matcher: Matcher, vocabulary: Path,  # `vocab.txt`
+def save_vilt(folder: Path, matcher: Matcher,
               half: bool = False  # store the weights in half precision
              ) -> Path:
     "Write a folder that `load_vilt` and `transformers` read; returns it. The weights come last."
     folder, side = Path(folder), {'shortest_edge': matcher.rule.shorter}
     rule = dict(image_processor_type='ViltImageProcessor', size=side, size_divisor=matcher.rule.divisor, image_mean=[matcher.rule.mean]*3, image_std=[matcher.rule.std]*3)
     config = {**matcher.model.config.to_diff_dict(), 'model_type': 'vilt', 'architectures': ['ViltForImageAndTextRetrieval']}
-    texts = {'config.json': json.dumps(config, indent=1) + '\n', 'preprocessor_config.json': json.dumps(rule, indent=1) + '\n', 'vocab.txt': Path(vocabulary).read_text(encoding='utf-8')}
+    texts = {'config.json': json.dumps(config, indent=1) + '\n', 'preprocessor_config.json': json.dumps(rule, indent=1) + '\n', 'vocab.txt': matcher.vocabulary.read_text(encoding='utf-8')}
     for name, text in texts.items():
         with atomic_path(folder/name) as part: part.write_text(text, encoding='utf-8', newline='\n')
     state = {key: value.detach().cpu().contiguous() for key, value in matcher.model.state_dict().items() if key != 'mlm_score.decoder.weight'}
