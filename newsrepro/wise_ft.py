@@ -27,15 +27,17 @@ from .train import PUBMEDCLIP, Pairs, Recipe, digest
 # %% ../nbs/13_wise_ft.ipynb #interpolate
 def check_alike(theta_0: Mapping[str, torch.Tensor], theta_1: Mapping[str, torch.Tensor]) -> None:
     "Raise `InputError` naming the first key whose shape or type differs."
-    of = lambda theta, key: f'{str(theta[key].dtype).removeprefix("torch.")} {tuple(theta[key].shape)}' if key in theta else 'absent'
+    kind = lambda value: f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
+    of = lambda theta, key: kind(theta[key]) if key in theta else 'absent'
     for key in [*theta_0, *theta_1]:
         if of(theta_0, key) != of(theta_1, key):
-            raise InputError(f'{key}: {of(theta_0, key)} in one model, {of(theta_1, key)} in the other; weights of one architecture are needed')
+            raise InputError(f'{key}: {of(theta_0, key)} in one model, {of(theta_1, key)} in the other; '
+                             'weights of one architecture are needed')
 
 def interpolate(theta_0: Mapping[str, torch.Tensor], theta_1: Mapping[str, torch.Tensor],
                 alpha: float  # 0 = theta_0, 1 = theta_1
                ) -> dict[str, torch.Tensor]:
-    "WISE-FT (Wortsman et al. 2022; Fukatsu & Aono 2022, equation 1); raises `InputError` for unlike models or an `alpha` outside of [0, 1]."
+    "WISE-FT (Fukatsu & Aono 2022, equation 1); raises `InputError` for unlike models or an `alpha` outside of [0, 1]."
     check_alike(theta_0, theta_1)
     if not 0 <= alpha <= 1: raise InputError(f'alpha={alpha}: must lie between 0 and 1')
     nearer = theta_0 if alpha < .5 else theta_1
@@ -84,8 +86,8 @@ def choose_alpha(ranks: Mapping[float, np.ndarray]  # alpha -> ranks on the held
 # %% ../nbs/13_wise_ft.ipynb #recipes
 RECIPES = MappingProxyType({
     'paper': PUBMEDCLIP | dict(epochs=50),
-    'mini': PUBMEDCLIP | dict(epochs=6, image_weight=.5, rate=4e-4, weight_decay=.1, optimiser='adamw', betas=(.9, .98), least_window=.8, augment='window', schedule='cosine',
-                              warmup=5, clip_norm=1., keep='last')})
+    'mini': PUBMEDCLIP | dict(epochs=6, image_weight=.5, rate=4e-4, weight_decay=.1, optimiser='adamw', betas=(.9, .98),
+                              least_window=.8, augment='window', schedule='cosine', warmup=5, clip_norm=1., keep='last')})
 
 # %% ../nbs/13_wise_ft.ipynb #adapt
 @dataclass(frozen=True)
@@ -104,17 +106,23 @@ class Adapted:
 
 def adapt(start: Encoder, pairs: Pairs, valid: Pairs, recipe: Recipe, root: Path,  # of trained models
           pools: Mapping[str, Pool],  # 'validation', by which alpha is chosen, and others
-          alphas: Sequence[float] = ALPHAS, whole_curve: bool = True,  # search all pools with every alpha; else the others with both ends and the chosen one
+          alphas: Sequence[float] = ALPHAS,  # 0 and 1 are always among them
+          whole_curve: bool = True,  # search all pools with every alpha; else the others with both ends and the chosen one
+          before: Mapping[str, np.ndarray] = MappingProxyType({}),  # part -> ranks under `start`, where they are known
           progress: bool = False) -> Adapted:
     "Fine-tune, interpolate, choose alpha."
     tuned, history = fine_tune(start, pairs, valid, recipe, root, progress)
-    theta_1, curve, marks = state_of(tuned), {}, {}
+    theta_1, marks = state_of(tuned), {0.: start.label, 1.: label(tuned)}
+    curve = {0.: {part: before[part] if part in before else ranks_in(start, pool) for part, pool in pools.items()},
+             1.: {part: ranks_in(tuned, pool) for part, pool in pools.items()}}
     first = pools if whole_curve else {'validation': pools['validation']}
-    for alpha, encoder, ranks in sweep(start, theta_1, first, alphas): curve[alpha], marks[alpha] = ranks, label(encoder, f'wise-ft-{alpha:g}')
+    for alpha, encoder, ranks in sweep(start, theta_1, first, [alpha for alpha in alphas if 0 < alpha < 1]):
+        curve[alpha], marks[alpha] = ranks, label(encoder, f'wise-ft-{alpha:g}')
     chosen = choose_alpha({alpha: ranks['validation'] for alpha, ranks in curve.items()})
-    rest = {part: pool for part, pool in pools.items() if part not in first}
-    for alpha, _, ranks in sweep(start, theta_1, rest, sorted({0., chosen, 1.})) if rest else (): curve[alpha] |= ranks
-    return Adapted(recipe, history, theta_1, chosen, curve, dict(zero_shot=start.label, fine_tuned=label(tuned), wise_ft=marks[chosen]))
+    rest = {part: pool for part, pool in pools.items() if part not in curve[chosen]}
+    for _, _, ranks in sweep(start, theta_1, rest, [chosen] if rest else []): curve[chosen] |= ranks
+    return Adapted(recipe, history, theta_1, chosen, dict(sorted(curve.items())),
+                   dict(zero_shot=start.label, fine_tuned=label(tuned), wise_ft=marks[chosen]))
 
 # %% ../nbs/13_wise_ft.ipynb #rank-changes
 def rank_changes(zero_shot: np.ndarray, fine_tuned: np.ndarray, wise_ft: np.ndarray  # (n,) ranks, 0 = not among the first hundred
@@ -133,7 +141,7 @@ def cases(zero_shot: np.ndarray, fine_tuned: np.ndarray, wise_ft: np.ndarray,  #
             [i for i in order if tuned[i] > before[i] and mixed[i] < tuned[i]][:most])
 
 # %% ../nbs/13_wise_ft.ipynb #draw-cases
-def draw_cases(columns: Mapping[str, Sequence[tuple[str, str, Sequence[int]]]],  # heading -> (text, path of the picture, three ranks) a pair
+def draw_cases(columns: Mapping[str, Sequence[tuple[str, str, Sequence[int]]]],  # heading -> (text, path of picture, three ranks) a pair
                title: str, width: int = 48  # letters a line
               ) -> Figure:
     "Pairs in columns, side by side; an empty column says so."
@@ -142,11 +150,13 @@ def draw_cases(columns: Mapping[str, Sequence[tuple[str, str, Sequence[int]]]], 
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for axis in axes.flat: axis.set_axis_off()
     for column, (heading, pairs) in enumerate(columns.items()):
-        axes[0, column].annotate(heading, (.5, 1.02), xycoords='axes fraction', ha='center', va='bottom', weight='bold', fontsize=8)
+        place = dict(xycoords='axes fraction', ha='center', va='bottom')
+        axes[0, column].annotate(heading, (.5, 1.02), **place, weight='bold', fontsize=8)
         if not pairs: axes[0, column].text(.5, .5, 'no such pair', ha='center', style='italic')
         for axis, (text, path, ranks) in zip(axes[:, column], pairs):
             axis.imshow(open_image(path)); axis.set_axis_off()
+            told = textwrap.fill(textwrap.shorten(tag_emoji(text), 3*width), width)
             names = ' · '.join(f'{name} {rank or "> 100"}' for name, rank in zip(('zero-shot', 'fine-tuned', 'WISE-FT'), ranks))
-            axis.text(.5, -.04, textwrap.fill(textwrap.shorten(tag_emoji(text), 3*width), width) + f'\nrank: {names}', transform=axis.transAxes, ha='center', va='top', fontsize=6.5, parse_math=False)
+            axis.text(.5, -.04, f'{told}\nrank: {names}', transform=axis.transAxes, ha='center', va='top', fontsize=6.5, parse_math=False)
     figure.suptitle(title, fontsize=9)
     return figure

@@ -19,7 +19,7 @@ from PIL import Image
 from newsrepro import fine_tune as module
 from newsrepro.data import InputError
 from newsrepro.embed import MissingCheckpoint, build_model, encode_batch, find_backbone, load_encoder, preprocessing
-from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, hold_out, load_fine_tuned, make_recipe,
+from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out, load_fine_tuned, make_recipe,
                                  model_key, news_texts, prune, save_fine_tuned)
 from newsrepro.train import PUBMEDCLIP, Pairs, Recipe
 
@@ -33,8 +33,9 @@ torch.set_num_threads(1)
 draw = torch.Generator().manual_seed(0)
 start = load_encoder(find_backbone('ViT-B/32', 'mini'))
 def pairs(n, side):
-    tokens = torch.zeros(n, 77, dtype=torch.int64); tokens[:, 0], tokens[:, 1:5], tokens[:, 5] = 1598, torch.randint(1, 1500, (n, 4), generator=draw), 1599
-    return Pairs(torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=draw), tokens, tuple(map(str, range(n))), tuple(map(str, range(n))))
+    tokens, ids = torch.zeros(n, 77, dtype=torch.int64), tuple(map(str, range(n)))
+    tokens[:, 0], tokens[:, 1:5], tokens[:, 5] = 1598, torch.randint(1, 1500, (n, 4), generator=draw), 1599
+    return Pairs(torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=draw), tokens, ids, ids)
 learn, valid = pairs(40, 63), pairs(12, 56)
 recipe = Recipe(steps=30, batch_size=8, rate=1e-3, warmup=2, keep='loss', validate_every=5)
 '''
@@ -142,14 +143,17 @@ def test_key_knows_the_training_code(toy, tmp_path, monkeypatch):
 
 def test_prune_keeps_what_was_used_last(tmp_path):
     for age, name in enumerate('abcd'):
-        (tmp_path/name/'in').mkdir(parents=True); (tmp_path/name/'in'/'w').write_bytes(bytes(10)); os.utime(tmp_path/name, (100 - age, 100 - age))
+        (tmp_path/name/'in').mkdir(parents=True)
+        (tmp_path/name/'in'/'w').write_bytes(bytes(10))
+        os.utime(tmp_path/name, (100 - age, 100 - age))
     prune(tmp_path, 25, spare=tmp_path/'d')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'd']
 
 
 def test_chronological_hold_out_is_the_newest():
     draw = np.random.default_rng(0)
-    articles = pd.DataFrame(dict(dataset='RT', article_id=[str(i) for i in range(53)], date=pd.Timestamp('2022-01-01') + pd.to_timedelta(draw.permutation(53), 'D')))
+    dates = pd.Timestamp('2022-01-01') + pd.to_timedelta(draw.permutation(53), 'D')
+    articles = pd.DataFrame(dict(dataset='RT', article_id=[str(i) for i in range(53)], date=dates))
     for split, seed in (('chronological', 0), ('random', 0), ('random', 1)):
         old, new = hold_out(articles, split, .2, seed)
         assert len(new) == 53 - round(.8*53) and set(old.article_id) | set(new.article_id) == set(articles.article_id)
@@ -165,5 +169,15 @@ def test_tweets_and_news_are_cleaned_each_in_their_way():
 
 def test_paper_recipe_is_pubmedclips():
     recipe = make_recipe(RECIPES['paper'], 1540)
-    assert (recipe.steps, recipe.rate, recipe.optimiser, recipe.weight_decay, recipe.betas, recipe.keep) == (50*24, 1e-5, 'adam', 5e-4, (.9, .999), 'loss')
+    assert (recipe.steps, recipe.rate, recipe.optimiser, recipe.keep) == (50*24, 1e-5, 'adam', 'loss')
+    assert (recipe.weight_decay, recipe.betas) == (5e-4, (.9, .999))
     assert set(RECIPES['paper']) == set(PUBMEDCLIP) | {'epochs'}
+
+
+def test_gain_is_paired():
+    "Ranks that improve by a little everywhere: the models' own intervals overlap, that of the difference is above 0."
+    before = np.random.default_rng(0).integers(2, 30, 50)
+    one = gain(before - 1, before, 'MRR@100', seed=0)
+    assert one['n'] == 50 and 0 < one['ci_low'] < one['value'] < one['ci_high']
+    assert one['value'] == pytest.approx(np.mean(1/(before - 1) - 1/before))
+    assert gain(before, before - 1, 'MRR@100')['ci_high'] < 0

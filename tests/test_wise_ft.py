@@ -14,6 +14,12 @@ from newsrepro.wise_ft import ALPHAS, RECIPES, cases, choose_alpha, interpolate,
 def same_bits(one, other): return one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
 
 
+def some_pool(start, draw):
+    ids = tuple(map(str, range(13)))
+    pixels = torch.randint(0, 256, (13, 3, 56, 56), dtype=torch.uint8, generator=draw)
+    return Pool(ids, start.tokenize([f'text {i}' for i in ids]), ids, pixels, dict(zip(ids, ids)))
+
+
 def random_state(seed, name='ViT-B-32'):
     "Full-size weights, with a negative zero in each tensor."
     torch.manual_seed(seed)
@@ -108,8 +114,7 @@ def test_sweep_ends_are_the_models_themselves():
     "No picture is opened: the pool holds the pixels. Both ends give the embeddings of the two models, bit for bit."
     start, draw = load_encoder(find_backbone('ViT-B/32')), torch.Generator().manual_seed(0)
     theta_1 = {key: value + .02*torch.randn(value.shape, generator=draw) for key, value in state_of(start).items()}
-    ids = tuple(map(str, range(13)))
-    pool = Pool(ids, start.tokenize([f'text {i}' for i in ids]), ids, torch.randint(0, 256, (13, 3, 56, 56), dtype=torch.uint8, generator=draw), dict(zip(ids, ids)))
+    pool = some_pool(start, draw)
     found = {alpha: (encoder, ranks) for alpha, encoder, ranks in sweep(start, theta_1, {'validation': pool})}
     assert list(found) == list(ALPHAS)
     for alpha, theta in ((0., state_of(start)), (1., theta_1)):
@@ -129,11 +134,17 @@ def test_adapt_searches_what_it_is_asked(tmp_path, monkeypatch):
     start, draw = load_encoder(find_backbone('ViT-B/32')), torch.Generator().manual_seed(0)
     tuned = with_weights(start, {key: value + .05*torch.randn(value.shape, generator=draw) for key, value in state_of(start).items()})
     monkeypatch.setattr(module, 'fine_tune', lambda *_: (tuned, []))
-    ids = tuple(map(str, range(13)))
-    pool = lambda: Pool(ids, start.tokenize([f'text {i}' for i in ids]), ids, torch.randint(0, 256, (13, 3, 56, 56), dtype=torch.uint8, generator=draw), dict(zip(ids, ids)))
-    pools = dict(validation=pool(), test=pool())
+    pools = dict(validation=some_pool(start, draw), test=some_pool(start, draw))
     whole, short = (module.adapt(start, None, None, None, tmp_path, pools, whole_curve=flag) for flag in (True, False))
     assert short.alpha == whole.alpha and short.labels == whole.labels
     assert {alpha for alpha, ranks in short.curve.items() if 'test' in ranks} == {0., 1., whole.alpha}
     for part in pools:
         for run, ranks in short.ranks(part).items(): np.testing.assert_array_equal(ranks, whole.ranks(part)[run])
+    before = {part: ranks[::-1].copy() for part, ranks in whole.curve[0.].items()}  # what is known is not searched again
+    ends = module.adapt(start, None, None, None, tmp_path, pools, alphas=(), before=before)
+    assert list(ends.curve) == [0., 1.]
+    for part in pools:
+        np.testing.assert_array_equal(ends.curve[0.][part], before[part])
+        np.testing.assert_array_equal(ends.curve[1.][part], whole.curve[1.][part])
+    marks = {alpha: adapted.labels[run] for adapted in (whole, ends) for run, alpha in (('zero_shot', 0.), ('fine_tuned', 1.))}
+    assert ends.labels['wise_ft'] == marks[ends.alpha] and len(set(marks.values())) == 2
