@@ -5,11 +5,13 @@
 """
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from open_clip.loss import ClipLoss
@@ -68,6 +70,11 @@ def speed(args, length: int) -> tuple[float, float]:  # median seconds a step: p
     return tuple(statistics.median(values) for values in seconds.values())
 
 
+def resident_peak() -> float:  # megabytes
+    "Most memory this process has held; `ru_maxrss` would start from what its parent held."
+    try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
 def peak(args) -> None:
     "Print the peak memory of one step of `batch` pairs in chunks, the optimiser's state included."
     model, recipe = fresh(args.device), Recipe(1, batch_size=args.batch, augment='none', mixed=args.mixed, chunk=args.chunk)
@@ -77,7 +84,7 @@ def peak(args) -> None:
     optimise(model, optimiser, next(batch_stream(some_pairs(2, 77), small, 224)), small, NORMALISE)  # fills Adam's state
     stream = batch_stream(some_pairs(args.batch, 77), recipe, 224)
     loss = optimise(model, optimiser, next(stream), recipe, NORMALISE)['loss']
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 if args.device == 'cpu' else torch.cuda.max_memory_allocated()/2**20
+    megabytes = resident_peak() if args.device == 'cpu' else torch.cuda.max_memory_allocated()/2**20
     print(json.dumps(dict(megabytes=megabytes, loss=loss)))
 
 

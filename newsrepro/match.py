@@ -241,6 +241,7 @@ def train_matcher(matcher: Matcher,  # trained in place, left ready to score
     "Train by `recipe`; raises `InputError`, and `FloatingPointError` for a loss that is not finite."
     if recipe.keep != 'last' and valid is None: raise InputError(f'keep={recipe.keep!r}: wants validation pairs')
     model, right, order = matcher.model, right_pictures(pairs), batch_order(len(pairs), recipe.batch_size, recipe.steps, recipe.seed)
+    if recipe.wrong_texts and frozenset.intersection(*right): raise InputError(f'wrong_texts={recipe.wrong_texts}: a picture belongs to all texts, none is wrong for it')
     path, every = folder and Path(folder)/'checkpoint.pt', recipe.validate_every or max(1, len(pairs)//recipe.batch_size)
     mark = match_identity(matcher, pairs, valid, recipe) if path else {}
     try:

@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'VILT_FILES', 'VILT_WEIGHTS', 'PictureRule', 'load_picture',
            'vilt_state', 'Matcher', 'picture_rule', 'new_vilt', 'vilt_config', 'vilt_weights', 'fill', 'load_vilt',
            'untaught', 'word_pieces', 'save_vilt', 'start_from_vit', 'quantised', 'text_units', 'unit_pairs',
            'embed_pictures', 'score_pairs', 'Journal', 'scorers', 'merge', 'Effort', 'refuse', 'score_chunk',
-           'rank_pairs', 'journal_name', 'matched_lists']
+           'rank_pairs', 'candidates', 'journal_name', 'matched_lists']
 
 # %% ../nbs/04a_single_stream.ipynb #imports
 import copy, hashlib, json, os, sqlite3, warnings
@@ -49,8 +49,9 @@ class PictureRule:
 
     def size(self, height: int, width: int) -> tuple[int, int]:  # height, width
         "Size to which a picture is resized (Kim et al. 2021, section 4.1); never below one patch."
-        scale = min(self.shorter/min(height, width), self.longer/max(height, width))
-        return tuple(max(self.divisor, int(scale*side + .5)//self.divisor*self.divisor) for side in (height, width))
+        sides = [self.shorter if side == min(height, width) else self.shorter/min(height, width)*side for side in (height, width)]
+        scale = min(1., self.longer/max(sides))  # in two steps as in the original, which rounds some pictures of 1:2 otherwise
+        return tuple(max(self.divisor, int(scale*side + .5)//self.divisor*self.divisor) for side in sides)
 
 def load_picture(path: str | Path, rule: PictureRule) -> torch.Tensor:  # (3, height, width) uint8
     "Decode and resize; raises `InputError` where the file is no whole picture."
@@ -220,14 +221,14 @@ def word_pieces(folder: Path, config: ViltConfig) -> BertWordPieceTokenizer:
 def save_vilt(folder: Path, matcher: Matcher,
               half: bool = False  # store the weights in half precision
              ) -> Path:
-    "Write a folder that `load_vilt` and `transformers` read; returns it. The weights come last."
+    "Write a folder that `load_vilt` and `transformers` read, without untrained heads; returns it. The weights come last."
     folder, side = Path(folder), {'shortest_edge': matcher.rule.shorter}
     rule = dict(image_processor_type='ViltImageProcessor', size=side, size_divisor=matcher.rule.divisor, image_mean=[matcher.rule.mean]*3, image_std=[matcher.rule.std]*3)
     config = {**matcher.model.config.to_diff_dict(), 'model_type': 'vilt', 'architectures': ['ViltForImageAndTextRetrieval']}
     texts = {'config.json': json.dumps(config, indent=1) + '\n', 'preprocessor_config.json': json.dumps(rule, indent=1) + '\n', 'vocab.txt': matcher.vocabulary.read_text(encoding='utf-8')}
     for name, text in texts.items():
         with atomic_path(folder/name) as part: part.write_text(text, encoding='utf-8', newline='\n')
-    state = {key: value.detach().cpu().contiguous() for key, value in matcher.model.state_dict().items() if key != 'mlm_score.decoder.weight'}
+    state = {key: value.detach().cpu().contiguous() for key, value in matcher.model.state_dict().items() if not key.startswith(('mlm_score.decoder.weight', *matcher.untrained))}
     with atomic_path(folder/VILT_WEIGHTS[0]) as part: save_file({key: value.half() if half else value for key, value in state.items()}, part, metadata={'format': 'pt'})
     return folder
 
@@ -383,6 +384,8 @@ def refuse(matcher: Matcher, texts: Sequence, pictures: Sequence, k: int, wanted
     if wanted is None: return check_k(k, len(pictures))
     if wanted.ndim != 2 or len(wanted) != len(texts): raise InputError(f'candidates of shape {wanted.shape}: one row for each of {len(texts)} texts is wanted')
     if wanted.size and (wanted.min() < 0 or wanted.max() >= len(pictures)): raise InputError(f'candidates name place {wanted.max() if wanted.max() >= len(pictures) else wanted.min()} of a pool of {len(pictures)}')
+    twice = np.flatnonzero((np.diff(np.sort(wanted, axis=1)) == 0).any(1))
+    if len(twice): raise InputError(f'candidates of text {twice[0]}: a place occurs twice')
     check_k(k, wanted.shape[1])
 
 # %% ../nbs/04a_single_stream.ipynb #score-chunk
@@ -437,6 +440,15 @@ def rank_pairs(matcher: Matcher, texts: Sequence[str],
     scores, places = from_keys(torch.from_numpy(np.array(keys)))
     return scores.numpy(), places.numpy()
 
+# %% ../nbs/04a_single_stream.ipynb #candidates
+def candidates(text_ids: Sequence[str], proposed: dict[str, list[str]], place_of: dict[str, int]) -> np.ndarray:  # (texts, m) places in the pool
+    "What is proposed for each text; raises `InputError` for an id that is not in the pool, and for lists of different lengths."
+    lists = [proposed.get(text, []) for text in text_ids]
+    for text, own in zip(text_ids, lists):
+        if unknown := [name for name in own if name not in place_of]: raise InputError(f'{unknown[0]!r}, proposed for {text!r}, is not in the pool')
+        if not len(own) == len(lists[0]) > 0: raise InputError(f'{text!r}: {len(own)} candidates, {text_ids[0]!r} has {len(lists[0])}; as many for each text are wanted')
+    return np.array([[place_of[name] for name in own] for own in lists])
+
 # %% ../nbs/04a_single_stream.ipynb #matched-lists
 def journal_name(matcher: Matcher, texts: Sequence[str], pictures: Sequence[str | Path], k: int, wanted: np.ndarray | None, effort: Effort) -> str:
     "A name for the results of one call of `rank_pairs`."
@@ -453,10 +465,10 @@ def matched_lists(matcher: Matcher, text_ids: Sequence[str], texts: Sequence[str
                   folder: Path | None = None,  # of journals
                   effort: Effort = Effort(), progress: bool = False) -> dict[str, list[str]]:  # text id -> picture ids, best first
     "`rank_pairs` with ids; a smaller pool is listed whole; raises `InputError`."
+    if len(text_ids) != len(texts) or len(picture_ids) != len(pictures): raise InputError('as many ids as texts, and as pictures, are needed')
     order = tie_order(picture_ids)
     names, paths = np.asarray(picture_ids, dtype=object)[order], [pictures[place] for place in order]
-    place_of, wanted = {name: place for place, name in enumerate(names)}, None
-    if proposed is not None: wanted = np.array([[place_of[name] for name in proposed[text]] for text in text_ids])
+    wanted = None if proposed is None else candidates(text_ids, proposed, {name: place for place, name in enumerate(names)})
     k, effort = min(k, len(names) if wanted is None else wanted.shape[1]), effort.filled(matcher.model.device)
     journal = folder and Path(folder)/journal_name(matcher, texts, paths, k, wanted, effort)
     return {text: names[row].tolist() for text, row in zip(text_ids, rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort, progress)[1])}

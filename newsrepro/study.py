@@ -38,6 +38,9 @@ class Notebook:
     after: tuple[str, ...] = ()  # notebooks whose results it reads
 
 NOTEBOOKS = (
+    Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
+             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank', 'liang2021-extra-sizes'),
+             figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training', 'liang2021-extra-sizes')),
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
              tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3', 'zhang2022-extra-official-test',
                      'zhang2022-extra-selection', 'zhang2022-extra-token-loss'),
@@ -287,7 +290,7 @@ def measure_rows(ranks: np.ndarray,  # (n,) 1-based rank of the truth, 0 = not a
             for metric, name in names.items()]
 
 # %% ../nbs/06_study.ipynb #markdown
-COUNTS = ('articles', 'Match in 100')  # metrics that are whole numbers
+COUNTS = ('articles', 'pairs', 'Match in 100')  # metrics that are whole numbers
 
 def _cell(row: pd.Series) -> str:
     digits, narrow = (0, 0) if row['metric'] in COUNTS else (4, 3)

@@ -20,8 +20,8 @@ from newsrepro import fine_tune as module
 from newsrepro.data import InputError
 from newsrepro.embed import MissingCheckpoint, build_model, encode_batch, find_backbone, load_encoder, preprocessing
 from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out, load_fine_tuned, make_recipe,
-                                 model_key, news_texts, prune, save_fine_tuned)
-from newsrepro.train import PUBMEDCLIP, Pairs, Recipe
+                                 model_key, news_texts, save_fine_tuned)
+from newsrepro.train import PUBMEDCLIP, Pairs, Recipe, prune
 
 ENTRY = find_backbone('ViT-B/32', 'mini')
 MAKE = '''
