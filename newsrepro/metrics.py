@@ -134,7 +134,7 @@ def paired_randomisation_test(
     from scipy.stats import permutation_test
     # One sample of paired differences: 'samples' then flips signs (see its documentation).
     return float(permutation_test((np.asarray(a) - np.asarray(b),), np.mean, permutation_type='samples', vectorized=True,
-                                  n_resamples=n_resamples, batch=100, rng=np.random.default_rng(seed)).pvalue)
+                                  n_resamples=n_resamples, batch=500, rng=np.random.default_rng(seed)).pvalue)
 
 # %% ../nbs/02_metrics.ipynb #compare-ranks
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['markdown_html', 'csv_html', 'table_part', 'figure_part', 'paper_part
            'render', 'write_report']
 
 # %% ../nbs/20_report.ipynb #imports
-import base64, csv, html, json, re
+import base64, csv, html, io, json, re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,12 +44,16 @@ def table_part(out: Path, name: str, entry: Mapping  # of the manifest
 
 # %% ../nbs/20_report.ipynb #figure-part
 def figure_part(out: Path, name: str, entry: Mapping) -> dict:
-    "One figure: the PNG's bytes, its description, the SVG where there is one."
+    "One figure as it stands in the page: drawings as PNG, photographs as JPEG, which takes a fifth; its description, the SVG where there is one."
     from PIL import Image
     path = out/'figures'/f'{name}.png'
-    with Image.open(path) as image: described = image.info.get('Description')
-    return dict(name=name, png=base64.b64encode(path.read_bytes()).decode(), alt=described or f'{name}, drawn from the table of the same notebook',
-                svg=f'figures/{name}.svg' if path.with_suffix('.svg').is_file() else '', scaled_down=entry['parameters'].get('profile') != 'paper')
+    drawn, buffer = path.with_suffix('.svg').is_file(), io.BytesIO()
+    with Image.open(path) as image:
+        described = image.info.get('Description')
+        if not drawn: image.convert('RGB').save(buffer, 'JPEG', quality=88)
+    source = f"data:image/{'png' if drawn else 'jpeg'};base64,{base64.b64encode(path.read_bytes() if drawn else buffer.getvalue()).decode()}"
+    return dict(name=name, source=source, alt=described or f'{name}, drawn from the table of the same notebook',
+                svg=f'figures/{name}.svg' if drawn else '', scaled_down=entry['parameters'].get('profile') != 'paper')
 
 # %% ../nbs/20_report.ipynb #paper-parts
 def paper_parts(out: Path, entries: Mapping[str, Mapping], notebooks: Sequence[Notebook]) -> list[dict]:
