@@ -23,7 +23,7 @@ from .single_stream import Matcher, encode_pairs, load_picture
 # %% ../nbs/10_vilt.ipynb #presets
 PRESETS = MappingProxyType({
     'paper': dict(epochs=10., batch_size=32, rate=1e-4, warmup_share=.1, articles=0),  # epochs, rate and warm-up of the original retrieval fine-tuning
-    'mini': dict(epochs=4., batch_size=32, rate=3e-4, warmup_share=.1, articles=80)})
+    'mini': dict(epochs=4., batch_size=32, rate=3e-4, warmup_share=.1, articles=60)})
 
 def news_recipe(preset: Mapping, n: int,  # pairs to train on
                 **given  # fields in the place of the preset's, unless they are 0
