@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 
 import numpy as np
@@ -198,12 +199,15 @@ class Encoder:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 # %% ../nbs/04_embed.ipynb #load-encoder
+_BUILDING = Lock()  # the level of logging is the process's
+
 def build_model(backbone: Backbone) -> torch.nn.Module:
     "The architecture under the activation its weights want, still without weights. For `load_encoder` and training only."
-    root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)  # open_clip warns that the weights are random, which they are until the caller fills them
-    try: return open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
-    finally: root.setLevel(level)
+    with _BUILDING:
+        root, level = logging.getLogger(), logging.getLogger().level
+        root.setLevel(logging.ERROR)  # open_clip warns that the weights are random, which they are until the caller fills them
+        try: return open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
+        finally: root.setLevel(level)
 
 def load_encoder(backbone: Backbone,
                  weights: Path | None = None,  # folder searched first for the checkpoint
@@ -229,12 +233,13 @@ def _normalised(features: torch.Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def encode_batch(encoder: Encoder, batch: torch.Tensor,  # (n, 77) token ids or (n, 3, px, px) pixels
-                 size: int  # rows the model is given, n or more
+                 size: int,  # rows the model is given, n or more
+                 run: Callable | None = None  # of the model; None = `encode_text` or `encode_image`
                 ) -> np.ndarray:  # (n, dim) float32, unit rows
     "Embeddings of one batch, padded to `size` rows for the model."
     padded = torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])]).to(encoder.device)
     low = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(encoder.precision)
-    run = encoder.model.encode_text if batch.ndim == 2 else encoder.model.encode_image
+    run = run or (encoder.model.encode_text if batch.ndim == 2 else encoder.model.encode_image)
     with torch.autocast(torch.device(encoder.device).type, dtype=low, enabled=low is not None): features = run(padded)
     return _normalised(features[:len(batch)])
 

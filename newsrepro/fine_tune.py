@@ -11,6 +11,7 @@ __all__ = ['SPLITS', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'hold_out', '
 import copy, hashlib, json, os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,7 +28,7 @@ from .metrics import measure
 from .retrieve import ranked_lists
 from .study import PACKAGE
 from .text import english, select
-from .train import HISTORY, PUBMEDCLIP, Pairs, Recipe, identity, load_pairs, normaliser, prune, train
+from .train import HISTORY, PUBMEDCLIP, Pairs, Recipe, encode_short, identity, load_pairs, normaliser, prune, train
 
 # %% ../nbs/12_fine_tune.ipynb #news-texts
 def news_texts(articles: pd.DataFrame,  # `title`, `text`, `lang`
@@ -56,7 +57,7 @@ def hold_out(articles: pd.DataFrame,  # of one set's training part, with `date`
 # %% ../nbs/12_fine_tune.ipynb #recipes
 RECIPES = MappingProxyType({
     'paper': PUBMEDCLIP | dict(epochs=50, image_weight=.5),
-    'mini': dict(epochs=4, batch_size=32, rate=8e-4, warmup=5, keep='last')})
+    'mini': dict(epochs=3, batch_size=32, rate=8e-4, warmup=5, keep='last')})
 
 def make_recipe(preset: Mapping,  # fields of `Recipe`, with `epochs` in place of `steps`
                 n: int,  # pairs to train on
@@ -108,10 +109,10 @@ def with_texts(pairs: Pairs, backbone: Backbone, texts: Sequence[str]) -> Pairs:
 def embed_pool(encoder: Encoder, pool: Pool, batch_size: int = 64
               ) -> tuple[np.ndarray, np.ndarray]:  # texts (n, dim), images (m, dim), unit rows
     "Embeddings of a pool's articles and images."
-    normalise = normaliser(encoder.backbone)
-    texts = [encode_batch(encoder, tokens, batch_size) for tokens in pool.tokens.split(batch_size)]
+    normalise, by_length = normaliser(encoder.backbone), pool.tokens.argmax(1).argsort(stable=True)
+    texts = [encode_batch(encoder, pool.tokens[rows], batch_size, partial(encode_short, encoder.model)) for rows in by_length.split(batch_size)]
     images = [encode_batch(encoder, normalise(pixels.float()/255), batch_size) for pixels in pool.pixels.split(batch_size)]
-    return np.concatenate(texts), np.concatenate(images)
+    return np.concatenate(texts)[by_length.argsort()], np.concatenate(images)
 
 def search(encoder: Encoder, pool: Pool, k: int = 100) -> dict[str, list[str]]:
     "For each article of the pool its `k` nearest images, best first."

@@ -34,9 +34,9 @@ from .mini_pictures import Group, Picture, Print, world_table, write_pictures
 class World:
     "Sizes and difficulty of the mini collections."
     portal: tuple[int, int] = (900, 520)  # articles for training and test, German, 2021 files
-    rss: tuple[int, int] = (400, 520)     # English
-    rt: tuple[int, int] = (700, 520)      # German
-    tw: tuple[int, int] = (1300, 520)     # English tweets
+    rss: tuple[int, int] = (1000, 520)    # English
+    rt: tuple[int, int] = (1100, 520)     # German
+    tw: tuple[int, int] = (2200, 520)     # English tweets
     captions: int = 9000          # captioned pictures
     german_captions: float = .25  # share of German captions
     press: float = .65      # share of captioned pictures that a press line describes too

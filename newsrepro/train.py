@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'RANGES', 'PUBMEDCLIP', 'HISTORY', 'twins', 'contrastive_l
            'draw_boxes', 'cut', 'ranks', 'join_ranks', 'gathered', 'Batch', 'image_side', 'prepare', 'batch_stream',
            'encode_short', 'towers', 'seeded', 'backward', 'validate', 'best_record', 'exhausted', 'digest', 'identity',
            'save_checkpoint', 'load_checkpoint', 'refuse', 'take_step', 'optimise', 'share_start', 'agree', 'run_steps',
-           'train', 'size_of', 'prune', 'plot_history']
+           'train', 'size_of', 'prune', 'at_once', 'side_by_side', 'plot_history']
 
 # %% ../nbs/07_train.ipynb #imports
 import hashlib, json, math, os, re, shutil, time
@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,8 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from open_clip.transform import image_transform_v2
-from torchvision.transforms import Normalize
-from torchvision.transforms.v2.functional import resize, resized_crop
+from torchvision.transforms import Compose, Normalize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, resized_crop
 from tqdm import tqdm
 
 from .data import InputError, atomic_path, open_image
@@ -168,10 +169,10 @@ def load_pairs(backbone: Backbone, texts: Sequence[str], paths: Sequence[str | P
     "Decode and tokenise; raises `InputError` naming a picture that cannot be decoded."
     texts, paths, side = list(texts), list(paths), side or backbone.px
     if not len(texts) == len(paths) > 0: raise InputError(f'{len(texts)} texts and {len(paths)} pictures: as many of each are wanted, at least one')
-    shrink = image_transform_v2(replace(preprocessing(backbone), size=side, mean=(0, 0, 0), std=(1, 1, 1)), is_train=False)
+    shrink = Compose(image_transform_v2(replace(preprocessing(backbone), size=side), is_train=False).transforms[:-2])  # up to the turn to floats
     pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     def load(row: int) -> str:
-        pixels[row] = (shrink(open_image(paths[row]))*255).round().byte()
+        pixels[row] = pil_to_tensor(shrink(open_image(paths[row])))
         return hashlib.sha256(pixels[row].numpy()).hexdigest()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool: digests = tuple(pool.map(load, range(len(paths))))
     return Pairs(pixels, tokenizer(backbone)(texts), tuple(texts), digests if image_ids is None else tuple(image_ids))
@@ -475,6 +476,26 @@ def prune(root: Path, keep_bytes: float, spare: Path) -> list[Path]:  # what was
         total += size_of(folder)
         if total > keep_bytes: shutil.rmtree(folder, ignore_errors=True); gone.append(folder)
     return gone
+
+# %% ../nbs/07_train.ipynb #side-by-side
+def at_once(model: torch.nn.Module) -> int:
+    "How many trainings like `model`'s to run side by side: one a thread where it is small and on the CPU, else one."
+    small = sum(p.numel() for p in model.parameters()) < 5_000_000
+    return torch.get_num_threads() if small and next(model.parameters()).device.type == 'cpu' else 1
+
+def side_by_side(jobs: Sequence[Callable[[], Any]],
+                 workers: int = 1  # that run at the same time; 1 = in turn, with all threads
+                ) -> list:  # what they returned, in order
+    "Run `jobs` at the same time in threads; of those that fail, the first one's error is raised, and what has not begun is left."
+    if workers < 1: raise InputError(f'workers={workers}: 1 or more')
+    if workers == 1: return [job() for job in jobs]
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running = [pool.submit(job) for job in jobs]
+            try: return [job.result() for job in running]
+            except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/07_train.ipynb #plot-history
 def plot_history(history: Sequence[dict],  # what `train` returned

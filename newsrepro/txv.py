@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'PRETRAINING', 'JOINT', 'backbone_pair', 'block', 'TxV', 'as_tensors', 'project', 'margin_ranking_loss',
-           'TxVRecipe', 'recall_sum', 'epoch_of', 'train_txv', 'features_key', 'trained_txv', 'read_matrix',
-           'nytimes_pairs', 'pretraining_pairs', 'Parts', 'split_parts', 'Features', 'embed_collection', 'fit_txv',
-           'txv_recipe']
+           'TxVRecipe', 'recall_sum', 'epoch_of', 'threads_for', 'train_txv', 'features_key', 'trained_txv',
+           'read_matrix', 'nytimes_pairs', 'pretraining_pairs', 'Parts', 'split_parts', 'Features', 'embed_collection',
+           'fit_txv', 'txv_recipe']
 
 # %% ../nbs/14_txv.ipynb #imports
 import hashlib, json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -136,6 +137,14 @@ def epoch_of(model: TxV, optimiser: torch.optim.Optimizer, texts: Sequence[torch
         total += loss.item()
     return total/len(order)
 
+@contextmanager
+def threads_for(joint: int) -> Iterator[None]:
+    "One thread for small joint spaces, where a second costs more than it gives; all for large ones."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if joint <= 512 else threads)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 def train_txv(texts: Sequence[np.ndarray], images: Sequence[np.ndarray],  # T and V feature matrices (n, dim); equal rows match
               valid_texts: Sequence[np.ndarray], valid_images: Sequence[np.ndarray],  # the same of the validation part
               recipe: TxVRecipe = TxVRecipe(), start: TxV | None = None,  # network to go on from
@@ -144,11 +153,11 @@ def train_txv(texts: Sequence[np.ndarray], images: Sequence[np.ndarray],  # T an
     parts = dict(texts=as_tensors(texts, 'texts', device), images=as_tensors(images, 'images', device))
     if len(texts[0]) != len(images[0]): raise InputError(f'{len(texts[0])} texts, {len(images[0])} images: pairs are needed')
     if len(texts[0]) < 2: raise InputError('T×V needs two pairs or more to train on')
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), threads_for(recipe.joint):
         torch.manual_seed(recipe.seed)
         model = TxV([x.shape[1] for x in texts], [x.shape[1] for x in images], recipe.joint, recipe.dropout).to(device)
         if start is not None: model.load_state_dict(start.state_dict())
-        optimiser, draw = torch.optim.Adam(model.parameters(), lr=recipe.rate), torch.Generator().manual_seed(recipe.seed)
+        optimiser, draw = torch.optim.Adam(model.parameters(), lr=recipe.rate, fused=True), torch.Generator().manual_seed(recipe.seed)
         history, best, since, at_rate = [], None, 0, 0
         for epoch in range(recipe.epochs):
             loss = epoch_of(model, optimiser, **parts, recipe=recipe, draw=draw)
@@ -180,7 +189,7 @@ def trained_txv(root: Path,  # folder of trained networks
                 train: tuple, valid: tuple,  # (T text matrices, V image matrices) each
                 recipe: TxVRecipe, start: TxV | None = None, start_key: str = '', device: str = 'cpu') -> tuple[TxV, list[dict], str]:  # with the key
     "`train_txv`, or what it gave before."
-    key = features_key(train, valid, asdict(recipe), start_key, torch.device(device).type)
+    with threads_for(recipe.joint): key = features_key(train, valid, asdict(recipe), start_key, torch.device(device).type, torch.get_num_threads())
     path = root/f'{key}.safetensors'
     if path.is_file():
         model = TxV([x.shape[1] for x in train[0]], [x.shape[1] for x in train[1]], recipe.joint, recipe.dropout)

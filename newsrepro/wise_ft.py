@@ -86,7 +86,7 @@ def choose_alpha(ranks: Mapping[float, np.ndarray]  # alpha -> ranks on the held
 # %% ../nbs/13_wise_ft.ipynb #recipes
 RECIPES = MappingProxyType({
     'paper': PUBMEDCLIP | dict(epochs=50),
-    'mini': PUBMEDCLIP | dict(epochs=6, image_weight=.5, rate=4e-4, weight_decay=.1, optimiser='adamw', betas=(.9, .98),
+    'mini': PUBMEDCLIP | dict(epochs=3, batch_size=32, image_weight=.5, rate=4e-4, weight_decay=.1, optimiser='adamw', betas=(.9, .98),
                               least_window=.8, augment='window', schedule='cosine', warmup=5, clip_norm=1., keep='last')})
 
 # %% ../nbs/13_wise_ft.ipynb #adapt
