@@ -154,7 +154,7 @@ def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
     return load_encoder(backbone, Path(folder), device)
 
 # %% ../nbs/12_fine_tune.ipynb #model-key
-def model_key(start: Encoder, pairs: Pairs, valid: Pairs, recipe: Recipe) -> str:
+def model_key(start: Encoder, pairs: Pairs, valid: Pairs | None, recipe: Recipe) -> str:
     "A name that changes with whatever the trained weights depend on."
     threads = torch.get_num_threads() if start.device == 'cpu' else 0  # sums are taken in another order
     facts = identity(start.model, pairs, valid, recipe, normaliser(start.backbone)) | dict(
@@ -164,7 +164,9 @@ def model_key(start: Encoder, pairs: Pairs, valid: Pairs, recipe: Recipe) -> str
 
 # %% ../nbs/12_fine_tune.ipynb #fine-tune
 def fine_tune(start: Encoder,  # stays as it is
-              pairs: Pairs, valid: Pairs, recipe: Recipe,
+              pairs: Pairs,
+              valid: Pairs | None,  # None where the last weights are kept and no curve is wanted
+              recipe: Recipe,
               root: Path,  # folder of all trained models
               progress: bool = False,
               keep_bytes: float = 20e9,  # disk that the models in `root` may take

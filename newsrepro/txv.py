@@ -122,7 +122,7 @@ def recall_sum(similarity: np.ndarray  # (n, n), equal places match
     own = np.diag(similarity)
     return 100*sum(float(measure(ranks, f'R@{k}').mean()) for ranks in ((similarity >= own[:, None]).sum(1), (similarity >= own).sum(0)) for k in (1, 5, 10))
 
-# %% ../nbs/14_txv.ipynb #train
+# %% ../nbs/14_txv.ipynb #epoch
 def epoch_of(model: TxV, optimiser: torch.optim.Optimizer, texts: Sequence[torch.Tensor], images: Sequence[torch.Tensor],
              recipe: TxVRecipe, draw: torch.Generator) -> float:  # mean loss a pair
     "One pass over all pairs in random order."
@@ -145,6 +145,7 @@ def threads_for(joint: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(threads)
 
+# %% ../nbs/14_txv.ipynb #train
 def train_txv(texts: Sequence[np.ndarray], images: Sequence[np.ndarray],  # T and V feature matrices (n, dim); equal rows match
               valid_texts: Sequence[np.ndarray], valid_images: Sequence[np.ndarray],  # the same of the validation part
               recipe: TxVRecipe = TxVRecipe(), start: TxV | None = None,  # network to go on from
@@ -310,7 +311,7 @@ def embed_collection(usable: Collection, encoders: Sequence[Encoder | FeatureEnc
                     [dict(zip(image_ids, embed(encoder, usable.images.path.tolist(), 'image', store, workers=workers))) for encoder in (encoders if image_encoders is None else image_encoders)])
 
 # %% ../nbs/14_txv.ipynb #fit
-JOINT = MappingProxyType({'paper': 2048, 'mini': 256})
+JOINT = MappingProxyType({'paper': 2048, 'mini': 128})
 
 def fit_txv(features: Features, parts: Parts, recipe: TxVRecipe, root: Path,  # of trained networks
             first: tuple | None = None,  # (texts, images) to pre-train on, a tenth of it to choose the epoch by

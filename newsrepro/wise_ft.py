@@ -104,7 +104,7 @@ class Adapted:
         "Ranks under the three models."
         return {run: self.curve[alpha][part] for run, alpha in (('zero_shot', 0.), ('fine_tuned', 1.), ('wise_ft', self.alpha))}
 
-def adapt(start: Encoder, pairs: Pairs, valid: Pairs, recipe: Recipe, root: Path,  # of trained models
+def adapt(start: Encoder, pairs: Pairs, valid: Pairs | None, recipe: Recipe, root: Path,  # of trained models
           pools: Mapping[str, Pool],  # 'validation', by which alpha is chosen, and others
           alphas: Sequence[float] = ALPHAS,  # 0 and 1 are always among them
           whole_curve: bool = True,  # search all pools with every alpha; else the others with both ends and the chosen one
