@@ -111,7 +111,8 @@ def candidates(backbone: Backbone, folder: Path) -> Iterator[Path]:
     names = [openai_file(backbone)] + [stem + suffix for stem in dict.fromkeys(stems) for suffix in SUFFIXES]
     snapshots = sorted(folder.glob(f"models--{hub_repository(backbone).replace('/', '--')}/snapshots/*")) if hub_repository(backbone) else []
     inside = [*snapshots, folder/backbone.model, folder/hub_repository(backbone).rpartition('/')[2]]
-    hub = [place/f'{stem}{suffix}' for place in inside for suffix in SUFFIXES for stem in ('open_clip_model', 'open_clip_pytorch_model', 'model')]
+    hub = [place/f'{stem}{suffix}' for place in inside for suffix in SUFFIXES
+           for stem in ('open_clip_model', 'open_clip_pytorch_model', 'model')]
     yield from (path for path in [*(folder/name for name in dict.fromkeys(names) if name), *hub] if path.is_file())
 
 # %% ../nbs/04_embed.ipynb #find-checkpoint
@@ -135,7 +136,8 @@ def find_checkpoint(backbone: Backbone,
     if repository and download:
         try: return Path(open_clip.pretrained.download_pretrained_from_hf(repository))
         except Exception as error: problem = f'the hub did not give it ({type(error).__name__})'
-    wanted = f'{repository}/open_clip_model.safetensors' + (f' or {openai_file(backbone)}' if openai_file(backbone) else '') if repository else f'{backbone.model}.safetensors'
+    wanted = f'{repository}/open_clip_model.safetensors' + (f' or {openai_file(backbone)}'
+                                                            if openai_file(backbone) else '') if repository else f'{backbone.model}.safetensors'
     raise MissingCheckpoint(f"checkpoint of {backbone.name} ({backbone.model}, {backbone.tag}) not found: looked for {wanted} in "
                             f"{', '.join(map(str, search_places(weights)))}; {problem}; download the file where there is a network and name its folder with --weights")
 
@@ -195,7 +197,8 @@ class Encoder:
     def key(self) -> str:
         "Model, checkpoint, tokenizer, preprocessing and precision in one word: what an embedding depends on besides its input."
         merges = hashlib.sha256(merges_file(self.backbone).read_bytes()).hexdigest()
-        facts = [self.backbone.model, self.fingerprint, merges, repr(preprocessing(self.backbone)), self.backbone.quick_gelu, self.precision, torch.device(self.device).type]
+        facts = [self.backbone.model, self.fingerprint, merges, repr(preprocessing(self.backbone)), self.backbone.quick_gelu,
+                 self.precision, torch.device(self.device).type]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 # %% ../nbs/04_embed.ipynb #load-encoder
@@ -337,7 +340,8 @@ def load_image_encoder(name: str,  # timm's name, or a checkpoint called like th
     config = timm.data.resolve_model_data_config(net)
     with torch.inference_mode(): dim = net.eval()(torch.zeros(1, *config['input_size'])).shape[1]
     backbone = Backbone(f'timm:{architecture}', architecture, 'timm', config['input_size'][-1], dim, millions, False)
-    return FeatureEncoder(backbone, ImageTower(net).eval().requires_grad_(False).to(device, memory_format=torch.channels_last), digest.hexdigest(), device, timm.data.create_transform(**config, is_training=False))
+    return FeatureEncoder(backbone, ImageTower(net).eval().requires_grad_(False).to(device, memory_format=torch.channels_last),
+                          digest.hexdigest(), device, timm.data.create_transform(**config, is_training=False))
 
 # %% ../nbs/04_embed.ipynb #text-encoder
 class TextTower(torch.nn.Module):
@@ -358,7 +362,8 @@ def load_text_encoder(name: str,  # a folder, or a name of the hub
     for value in net.state_dict().values(): digest.update(value.cpu().contiguous().numpy().tobytes())
     backbone = Backbone(f'sentence-transformers:{Path(name).name}', Path(name).name, 'sentence-transformers', 0, len(net.encode('a text')),
                         sum(p.numel() for p in net.parameters())/1e6, False)
-    tokenize = lambda texts: net.tokenizer(texts, padding=True, truncation=True, max_length=net.max_seq_length, return_tensors='pt').input_ids
+    tokenize = lambda texts: net.tokenizer(texts, padding=True, truncation=True, max_length=net.max_seq_length,
+                                           return_tensors='pt').input_ids
     return FeatureEncoder(backbone, TextTower(net).eval().requires_grad_(False), digest.hexdigest(), device, tokenizes=tokenize)
 
 def load_any(name: str,  # 'timm:NAME', 'sentence-transformers:NAME', or as `find_backbone` takes it
@@ -400,7 +405,8 @@ class EmbeddingStore:
         "Write one shard, whole or not at all."
         name = hashlib.sha256(b''.join(keys)).hexdigest()[:24]
         with atomic_path(self.folder(encoder, kind)/f'{name}.safetensors') as part:
-            save_file({'keys': np.frombuffer(b''.join(keys), np.uint8).reshape(-1, 32), 'embeddings': rows}, part, {'seconds': f'{seconds:.4f}', 'model': encoder.label})
+            save_file({'keys': np.frombuffer(b''.join(keys), np.uint8).reshape(-1, 32), 'embeddings': rows}, part,
+                      {'seconds': f'{seconds:.4f}', 'model': encoder.label})
 
 # %% ../nbs/04_embed.ipynb #embed
 def embed(encoder: Encoder, items: Sequence[str], kind: str,

@@ -62,7 +62,8 @@ class NewsPairs:
         "The pairs at `rows`; the other pictures are let go."
         used = sorted({self.picture_of[row] for row in rows})
         place = {old: new for new, old in enumerate(used)}
-        return NewsPairs(tuple(self.ids[row] for row in rows), tuple(place[self.picture_of[row]] for row in rows), tuple(self.pictures[old] for old in used))
+        return NewsPairs(tuple(self.ids[row] for row in rows), tuple(place[self.picture_of[row]] for row in rows),
+                         tuple(self.pictures[old] for old in used))
 
 def load_news_pairs(matcher: Matcher, texts: Sequence[str], paths: Sequence[str | Path],  # n of each
                     workers: int = 0  # threads that decode; 0 = as many as torch has
@@ -74,7 +75,8 @@ def load_news_pairs(matcher: Matcher, texts: Sequence[str], paths: Sequence[str 
     marks = [digest(picture) for picture in loaded]
     kept = {mark: place for place, mark in enumerate(dict.fromkeys(marks))}
     picture_of = {path: kept[mark] for path, mark in zip(once, marks)}
-    return NewsPairs(tuple(map(tuple, matcher.tokens(texts))), tuple(picture_of[str(path)] for path in paths), tuple({mark: picture for mark, picture in zip(marks, loaded)}.values()))
+    return NewsPairs(tuple(map(tuple, matcher.tokens(texts))), tuple(picture_of[str(path)] for path in paths),
+                     tuple({mark: picture for mark, picture in zip(marks, loaded)}.values()))
 
 # %% ../nbs/07a_match.ipynb #swap
 def right_pictures(pairs: NewsPairs) -> list[frozenset[int]]:
@@ -107,7 +109,8 @@ def mask_words(ids: Sequence[Sequence[int]], words,  # tokenizer of the matcher
         chosen = (draw.random(len(row)) < probability)[np.maximum(np.cumsum(first) - 1, 0)]
         chosen[[0, -1]] = False
         how, other = draw.random(len(row)), draw.integers(size, size=len(row))
-        inputs.append([piece if not hide else mask if h < .8 else int(o) if h < .9 else piece for piece, hide, h, o in zip(row, chosen, how, other)])
+        inputs.append([piece if not hide else mask if h < .8 else int(o) if h < .9 else piece
+                       for piece, hide, h, o in zip(row, chosen, how, other)])
         targets.append([piece if hide else IGNORED for piece, hide in zip(row, chosen)])
     return inputs, targets
 
@@ -169,7 +172,8 @@ def retrieval_loss(matcher: Matcher, texts: tuple,  # of (n*(1 + wrong)) texts, 
     return F.cross_entropy(logits.float().view(-1, many), torch.zeros(len(picture[0]), dtype=torch.int64, device=logits.device))
 
 # %% ../nbs/07a_match.ipynb #gradients
-def step_loss(matcher: Matcher, pairs: NewsPairs, right: Sequence[frozenset[int]], rows: Sequence[int], recipe: MatchRecipe, step: int) -> dict[str, torch.Tensor]:
+def step_loss(matcher: Matcher, pairs: NewsPairs, right: Sequence[frozenset[int]], rows: Sequence[int], recipe: MatchRecipe,
+              step: int) -> dict[str, torch.Tensor]:
     "The losses of one step, by objective."
     draw, ids, losses = np.random.default_rng(seed_of(recipe.seed, step)), [pairs.ids[row] for row in rows], {}
     own, shown = pad_texts(matcher, ids), lambda places: pad_pictures(matcher, [pairs.pictures[place] for place in places])
@@ -208,7 +212,8 @@ def validate_matching(matcher: Matcher, pairs: NewsPairs, recipe: MatchRecipe) -
         rows = range(start, min(start + recipe.batch_size, len(pairs)))
         for swap in (0., 1.):
             places, keeps = draw_pictures(pairs, right, rows, swap, draw)
-            x = together(pad_texts(matcher, [pairs.ids[row] for row in rows]), pad_pictures(matcher, [pairs.pictures[place] for place in places]))
+            x = together(pad_texts(matcher, [pairs.ids[row] for row in rows]),
+                         pad_pictures(matcher, [pairs.pictures[place] for place in places]))
             with torch.autocast(matcher.model.device.type, torch.bfloat16, enabled=recipe.mixed): logits = match_logits(matcher.model, *x).float().cpu()
             losses.append(F.binary_cross_entropy_with_logits(logits, torch.tensor(keeps).float(), reduction='none'))
             hits.append((logits > 0) == torch.tensor(keeps))
@@ -231,7 +236,8 @@ def match_identity(matcher: Matcher, pairs: NewsPairs, valid: NewsPairs | None, 
     data = hashlib.sha256(json.dumps([[part.ids, part.picture_of] for part in parts]).encode())
     for picture in (picture for part in parts for picture in part.pictures): data.update(digest(picture).encode())
     return {f'recipe {name}': str(value) for name, value in asdict(recipe).items()} | {
-        'data': data.hexdigest(), 'model': digest(*matcher.model.state_dict().values()), 'architecture': json.dumps(matcher.model.config.to_diff_dict(), sort_keys=True)}
+        'data': data.hexdigest(), 'model': digest(*matcher.model.state_dict().values()),
+        'architecture': json.dumps(matcher.model.config.to_diff_dict(), sort_keys=True)}
 
 def train_matcher(matcher: Matcher,  # trained in place, left ready to score
                   pairs: NewsPairs, recipe: MatchRecipe,
@@ -249,12 +255,14 @@ def train_matcher(matcher: Matcher,  # trained in place, left ready to score
         optimiser = make_optimiser(model, recipe)
         history, best = load_checkpoint(path, model, optimiser, mark) if path else ([], None)
         step = lambda number: match_step(matcher, optimiser, pairs, right, order[number].tolist(), recipe, number)
-        history, best = run_steps(model, optimiser, recipe, step, valid and (lambda: validate_matching(matcher, valid, recipe)), every, history, best,
+        history, best = run_steps(model, optimiser, recipe, step, valid and (lambda: validate_matching(matcher, valid, recipe)), every,
+                                  history, best,
                                   mark, path, save_seconds, progress)
         if best: model.load_state_dict(best)
     finally: model.zero_grad(); model.eval().requires_grad_(False)
     taught = {'mlm_score': recipe.mask > 0, 'rank_output': True}
-    return replace(matcher, untrained=tuple(head for head in matcher.untrained if not taught[head]), fingerprint=digest(*model.state_dict().values())), history
+    return replace(matcher, untrained=tuple(head for head in matcher.untrained if not taught[head]),
+                   fingerprint=digest(*model.state_dict().values())), history
 
 # %% ../nbs/07a_match.ipynb #trained-matcher
 def trained_matcher(start: Matcher,  # stays as it is
@@ -264,15 +272,20 @@ def trained_matcher(start: Matcher,  # stays as it is
                     keep_bytes: float = 20e9,  # disk that the models in `root` may take
                     save_seconds: float = 60.) -> tuple[Matcher, list[dict]]:  # called `name`; one record a step
     "Train a copy of `start`, or take it from `root` where it was trained before; a run that was killed goes on."
-    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (newsrepro.match, newsrepro.single_stream, newsrepro.train)]
-    facts = match_identity(start, pairs, valid, recipe) | dict(device=start.model.device.type, threads=torch.get_num_threads(), torch=torch.__version__, code=code)
+    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+            for module in (newsrepro.match, newsrepro.single_stream, newsrepro.train)]
+    facts = match_identity(start, pairs, valid, recipe) | dict(device=start.model.device.type, threads=torch.get_num_threads(),
+                                                               torch=torch.__version__, code=code)
     folder = Path(root)/hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     if not (folder/HISTORY).is_file():
-        made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid, folder, save_seconds, progress)
+        made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid, folder, save_seconds,
+                                      progress)
         save_vilt(folder, made)
-        with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint, steps=history)), encoding='utf-8')
+        with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint,
+                                                                                  steps=history)), encoding='utf-8')
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     os.utime(folder)
     prune(folder.parent, keep_bytes, folder)
     known, found = json.loads((folder/HISTORY).read_text(encoding='utf-8')), load_vilt(str(folder), device=str(start.model.device))
-    return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'], untrained=tuple(known['untrained']), mixed=start.mixed), known['steps']
+    return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'], untrained=tuple(known['untrained']),
+                   mixed=start.mixed), known['steps']

@@ -206,7 +206,8 @@ def query_bank_norm(scores: np.ndarray,  # (n, m), test queries by candidates
     return torch.where(active[z.argmax(1)][:, None], z - b.logsumexp(0), z).numpy()
 
 # %% ../nbs/05a_one_to_one.ipynb #transductive
-TRANSDUCTIVE = MappingProxyType({'plain': False, 'dual softmax': True, 'inverted softmax': True, 'CSLS': True, 'Sinkhorn': True, 'assignment': True, 'QB-Norm': False})
+TRANSDUCTIVE = MappingProxyType({'plain': False, 'dual softmax': True, 'inverted softmax': True, 'CSLS': True, 'Sinkhorn': True,
+                                 'assignment': True, 'QB-Norm': False})
 
 # %% ../nbs/05a_one_to_one.ipynb #hubness
 def hubness(places: np.ndarray,  # (n, k) int, lists of candidates

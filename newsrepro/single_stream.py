@@ -93,7 +93,8 @@ def _layer(layer, x: torch.Tensor, mask: torch.Tensor | None, heads: int, first_
     attention, h = layer.attention.attention, layer.layernorm_before(x)
     split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)
     x, queries = (x[:, :1], h[:, :1]) if first_only else (x, h)
-    mixed = F.scaled_dot_product_attention(split(attention.query(queries)), split(attention.key(h)), split(attention.value(h)), attn_mask=mask)
+    mixed = F.scaled_dot_product_attention(split(attention.query(queries)), split(attention.key(h)), split(attention.value(h)),
+                                           attn_mask=mask)
     x = x + layer.attention.output.dense(mixed.transpose(1, 2).flatten(2))
     return x + layer.output.dense(layer.intermediate.intermediate_act_fn(layer.intermediate.dense(layer.layernorm_after(x))))
 
@@ -104,7 +105,8 @@ def encode_pairs(model: Vilt, x: torch.Tensor,  # (n, words + 1 + patches, dim),
     "Last hidden states of pairs (Kim et al. 2021, equations 4-6)."
     layers = model.vilt.encoder.layer
     for depth, layer in enumerate(layers, start=1):
-        x = _layer(layer, x, None if mask is None else mask[:, None, None], model.config.num_attention_heads, first_only and depth == len(layers))
+        x = _layer(layer, x, None if mask is None else mask[:, None, None], model.config.num_attention_heads,
+                   first_only and depth == len(layers))
     return model.vilt.layernorm(x)
 
 def match_logits(model: Vilt, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:  # as `encode_pairs` -> (n,)
@@ -117,7 +119,8 @@ HEADS = ('rank_output', 'mlm_score')
 def vilt_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The weights under the names of `Vilt`, whichever of the published heads they come with; other heads are left out."
     bare = ('embeddings.', 'encoder.', 'layernorm.', 'pooler.')  # a network saved without a head
-    state = {f'vilt.{key}' if key.startswith(bare) else key.replace('mlm_score.bias', 'mlm_score.decoder.bias'): value for key, value in state.items()}
+    state = {f'vilt.{key}' if key.startswith(bare) else key.replace('mlm_score.bias', 'mlm_score.decoder.bias'): value
+             for key, value in state.items()}
     for part in ('weight', 'bias'):
         two = state.pop(f'itm_score.fc.{part}', None)  # logits of "no" and "yes": their difference is the log odds
         if two is not None: state.setdefault(f'rank_output.{part}', (two[1:] - two[:1]))
@@ -202,7 +205,8 @@ def load_vilt(name: str,  # of the hub, of the package, or a folder
     folder = find_model(name, weights, VILT_FILES)
     path, model = vilt_weights(folder), new_vilt(vilt_config(folder), seed)
     absent = fill(model, vilt_state(read_weights(path)), path)
-    return Matcher(Path(name).name, model.to(device).eval().requires_grad_(False), word_pieces(folder, model.config), picture_rule(folder, model.config),
+    return Matcher(Path(name).name, model.to(device).eval().requires_grad_(False), word_pieces(folder, model.config),
+                   picture_rule(folder, model.config),
                    folder_fingerprint(folder), folder/'vocab.txt', absent)
 
 def untaught(matcher: Matcher, seed: int = 0) -> Matcher:
@@ -223,13 +227,17 @@ def save_vilt(folder: Path, matcher: Matcher,
              ) -> Path:
     "Write a folder that `load_vilt` and `transformers` read, without untrained heads; returns it. The weights come last."
     folder, side = Path(folder), {'shortest_edge': matcher.rule.shorter}
-    rule = dict(image_processor_type='ViltImageProcessor', size=side, size_divisor=matcher.rule.divisor, image_mean=[matcher.rule.mean]*3, image_std=[matcher.rule.std]*3)
+    rule = dict(image_processor_type='ViltImageProcessor', size=side, size_divisor=matcher.rule.divisor, image_mean=[matcher.rule.mean]*3,
+                image_std=[matcher.rule.std]*3)
     config = {**matcher.model.config.to_diff_dict(), 'model_type': 'vilt', 'architectures': ['ViltForImageAndTextRetrieval']}
-    texts = {'config.json': json.dumps(config, indent=1) + '\n', 'preprocessor_config.json': json.dumps(rule, indent=1) + '\n', 'vocab.txt': matcher.vocabulary.read_text(encoding='utf-8')}
+    texts = {'config.json': json.dumps(config, indent=1) + '\n', 'preprocessor_config.json': json.dumps(rule, indent=1) + '\n',
+             'vocab.txt': matcher.vocabulary.read_text(encoding='utf-8')}
     for name, text in texts.items():
         with atomic_path(folder/name) as part: part.write_text(text, encoding='utf-8', newline='\n')
-    state = {key: value.detach().cpu().contiguous() for key, value in matcher.model.state_dict().items() if not key.startswith(('mlm_score.decoder.weight', *matcher.untrained))}
-    with atomic_path(folder/VILT_WEIGHTS[0]) as part: save_file({key: value.half() if half else value for key, value in state.items()}, part, metadata={'format': 'pt'})
+    state = {key: value.detach().cpu().contiguous() for key, value in matcher.model.state_dict().items()
+             if not key.startswith(('mlm_score.decoder.weight', *matcher.untrained))}
+    with atomic_path(folder/VILT_WEIGHTS[0]) as part: save_file({key: value.half() if half else value for key, value in state.items()},
+                                                                part, metadata={'format': 'pt'})
     return folder
 
 # %% ../nbs/04a_single_stream.ipynb #from-vit
@@ -374,7 +382,8 @@ class Effort:
         "With numbers in the place of zeros; raises `InputError` for what makes no sense."
         if min(self.batch_size, self.workers) < 0 or self.chunk < 1: raise InputError(f'batch_size={self.batch_size}, chunk={self.chunk}, workers={self.workers}: positive numbers are wanted')
         devices = self.devices or (('cpu',)*torch.get_num_threads() if device.type == 'cpu' else (str(device),))
-        return replace(self, devices=tuple(devices), batch_size=self.batch_size or (16 if device.type == 'cpu' else 512), workers=self.workers or os.cpu_count())
+        return replace(self, devices=tuple(devices), batch_size=self.batch_size or (16 if device.type == 'cpu' else 512),
+                       workers=self.workers or os.cpu_count())
 
 def refuse(matcher: Matcher, texts: Sequence, pictures: Sequence, k: int, wanted: np.ndarray | None) -> None:
     "Raise `InputError` for what cannot be scored."
@@ -401,7 +410,8 @@ def score_chunk(matcher: Matcher, ids: list[list[int]], chunk: range, loaded: li
             rows, columns = units[number]
             with torch.inference_mode():
                 known = dict(zip(own := np.unique(rows), mine.model.embed_text(torch.tensor([ids[row] for row in own], device=mine.model.device))))
-            return score_pairs(mine, [known[row] for row in rows], [patches[place - chunk.start].to(mine.model.device) for place in columns], effort.batch_size)
+            return score_pairs(mine, [known[row] for row in rows],
+                               [patches[place - chunk.start].to(mine.model.device) for place in columns], effort.batch_size)
         finally: models.put(mine)
     scores = np.full((len(ids), len(chunk)), -np.inf, np.float32)
     jobs = {pool.submit(work, number): number for number in range(len(units)) if number not in finished}
@@ -450,9 +460,11 @@ def candidates(text_ids: Sequence[str], proposed: dict[str, list[str]], place_of
     return np.array([[place_of[name] for name in own] for own in lists])
 
 # %% ../nbs/04a_single_stream.ipynb #matched-lists
-def journal_name(matcher: Matcher, texts: Sequence[str], pictures: Sequence[str | Path], k: int, wanted: np.ndarray | None, effort: Effort) -> str:
+def journal_name(matcher: Matcher, texts: Sequence[str], pictures: Sequence[str | Path], k: int, wanted: np.ndarray | None,
+                 effort: Effort) -> str:
     "A name for the results of one call of `rank_pairs`."
-    total = hashlib.sha256(json.dumps([matcher.label, matcher.mixed, torch.__version__, list(texts), k, effort.batch_size, effort.chunk, len(effort.devices),
+    total = hashlib.sha256(json.dumps([matcher.label, matcher.mixed, torch.__version__, list(texts), k, effort.batch_size, effort.chunk,
+                                       len(effort.devices),
                                        sorted({torch.device(device).type for device in effort.devices})]).encode())
     for value in matcher.model.state_dict().values():
         if isinstance(value, torch.Tensor): total.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -460,7 +472,8 @@ def journal_name(matcher: Matcher, texts: Sequence[str], pictures: Sequence[str 
     if wanted is not None: total.update(np.ascontiguousarray(wanted, dtype=np.int64).tobytes())
     return f'{total.hexdigest()[:24]}.sqlite'
 
-def matched_lists(matcher: Matcher, text_ids: Sequence[str], texts: Sequence[str], picture_ids: Sequence[str], pictures: Sequence[str | Path], k: int = 100,
+def matched_lists(matcher: Matcher, text_ids: Sequence[str], texts: Sequence[str], picture_ids: Sequence[str],
+                  pictures: Sequence[str | Path], k: int = 100,
                   proposed: dict[str, list[str]] | None = None,  # text id -> picture ids to choose from; None = the whole pool
                   folder: Path | None = None,  # of journals
                   effort: Effort = Effort(), progress: bool = False) -> dict[str, list[str]]:  # text id -> picture ids, best first
@@ -471,4 +484,6 @@ def matched_lists(matcher: Matcher, text_ids: Sequence[str], texts: Sequence[str
     wanted = None if proposed is None else candidates(text_ids, proposed, {name: place for place, name in enumerate(names)})
     k, effort = min(k, len(names) if wanted is None else wanted.shape[1]), effort.filled(matcher.model.device)
     journal = folder and Path(folder)/journal_name(matcher, texts, paths, k, wanted, effort)
-    return {text: names[row].tolist() for text, row in zip(text_ids, rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort, progress)[1])}
+    return {text: names[row].tolist() for text, row in zip(text_ids,
+                                                           rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort,
+                                                                      progress)[1])}

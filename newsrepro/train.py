@@ -55,7 +55,8 @@ def contrastive_loss(image: torch.Tensor,  # (n, dim) unit rows
     return image_weight*F.cross_entropy(logits, targets) + (1 - image_weight)*F.cross_entropy(logits.T, targets)
 
 # %% ../nbs/07_train.ipynb #recipe
-CHOICES = dict(optimiser=('adamw', 'adam'), schedule=('cosine', 'constant'), augment=('window', 'crop', 'none'), keep=('last', 'loss', 'r1'))
+CHOICES = dict(optimiser=('adamw', 'adam'), schedule=('cosine', 'constant'), augment=('window', 'crop', 'none'),
+               keep=('last', 'loss', 'r1'))
 RANGES = dict(steps=(1, math.inf), batch_size=(2, math.inf), rate=(1e-12, math.inf),  # all other numbers: 0 or more
               image_weight=(0, 1), least_window=(.01, 1), layer_decay=(1e-3, 1))
 
@@ -307,10 +308,12 @@ def validate(model: torch.nn.Module, pairs: Pairs, recipe: Recipe, normalise: Ca
     whole = np.array([[0, 0, pairs.pixels.shape[-1], pairs.pixels.shape[-1], 0]])
     parts = zip(pairs.pixels.split(size), pairs.tokens.split(size))
     image, text = torch.cat([towers(model, cut(pixels, whole, px), tokens, recipe.mixed, normalise) for pixels, tokens in parts], dim=1)
-    losses = [contrastive_loss(image[rows], text[rows], model.logit_scale.exp(), recipe.image_weight, pairs.pick(rows).no_negatives()).item()
+    losses = [contrastive_loss(image[rows], text[rows], model.logit_scale.exp(), recipe.image_weight,
+                               pairs.pick(rows).no_negatives()).item()
               for rows in torch.arange(n).tensor_split(max(1, n//recipe.batch_size))]
     nearest = (text @ image.T).argmax(1).tolist()
-    return dict(val_loss=float(np.mean(losses)), val_r1=sum(pairs.image_ids[found] == own for found, own in zip(nearest, pairs.image_ids))/n)
+    return dict(val_loss=float(np.mean(losses)), val_r1=sum(pairs.image_ids[found] == own
+                                                            for found, own in zip(nearest, pairs.image_ids))/n)
 
 def best_record(history: Sequence[dict], keep: str) -> dict:
     "The step whose weights `keep` chooses; the last where none was validated."
@@ -358,7 +361,8 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimiser: torch.optim.O
     try: kept = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise InputError(f'{path}: damaged or no checkpoint ({type(e).__name__}); delete it to start anew') from None
     there = kept['mark']
-    differ = [name + f' (there {there.get(name)}, here {mark[name]})'*name.startswith('recipe') for name in mark if there.get(name) != mark[name]]
+    differ = [name + f' (there {there.get(name)}, here {mark[name]})'*name.startswith('recipe') for name in mark
+              if there.get(name) != mark[name]]
     if differ: raise InputError(f"{path}: made with another {', '.join(differ)}; give another folder, or delete it to start anew")
     model.load_state_dict(kept['model']); optimiser.load_state_dict(kept['optimiser'])
     return kept['history'], kept['best']
@@ -405,7 +409,8 @@ def share_start(model: torch.nn.Module, path: Path | None, step: int) -> None:
 def agree(values: dict, model: torch.nn.Module) -> dict:
     "The first process' `values`, so that all decide alike."
     if ranks()[1] == 1: return values
-    shared = torch.tensor(list(values.values()), dtype=torch.float64, device='cpu' if dist.get_backend() == 'gloo' else model.logit_scale.device)
+    shared = torch.tensor(list(values.values()), dtype=torch.float64, device='cpu'
+                          if dist.get_backend() == 'gloo' else model.logit_scale.device)
     dist.broadcast(shared, 0)
     return dict(zip(values, shared.tolist()))
 
@@ -448,7 +453,8 @@ def train(model: torch.nn.Module,  # an open_clip model on its device; trained i
     try:
         set_modes(model, recipe); refuse(model, pairs, valid, recipe)
         with torch.random.fork_rng(devices=[model.logit_scale.device] if model.logit_scale.is_cuda else []):
-            history, best = _contrastive(model, pairs, recipe, normalise, progress, valid, folder and Path(folder)/'checkpoint.pt', save_seconds)
+            history, best = _contrastive(model, pairs, recipe, normalise, progress, valid, folder and Path(folder)/'checkpoint.pt',
+                                         save_seconds)
         if best: model.load_state_dict(best)
         return history
     finally: model.zero_grad(); model.eval().requires_grad_(False)
@@ -470,7 +476,8 @@ def size_of(folder: Path) -> int: return sum(path.stat().st_size for path in fol
 
 def prune(root: Path, keep_bytes: float, spare: Path) -> list[Path]:  # what was deleted
     "Delete the folders in `root` used longest ago until the rest takes at most `keep_bytes`; never `spare`."
-    folders = sorted((path for path in root.iterdir() if path.is_dir() and path != spare), key=lambda path: path.stat().st_mtime, reverse=True)
+    folders = sorted((path for path in root.iterdir() if path.is_dir() and path != spare), key=lambda path: path.stat().st_mtime,
+                     reverse=True)
     total, gone = size_of(spare), []
     for folder in folders:
         total += size_of(folder)

@@ -62,7 +62,8 @@ class TxV(nn.Module):
 
     def texts(self, features: Sequence[torch.Tensor]) -> torch.Tensor:  # (T·V, n, joint) unit rows
         "T matrices (n, dim) of text features in all joint spaces."
-        return normalize(torch.stack([net(normalize(x, dim=-1)) for x, nets in zip(features, self.text, strict=True) for net in nets]), dim=-1)
+        return normalize(torch.stack([net(normalize(x, dim=-1)) for x, nets in zip(features, self.text, strict=True) for net in nets]),
+                         dim=-1)
 
     def images(self, features: Sequence[torch.Tensor]) -> torch.Tensor:  # (T·V, n, joint) unit rows
         "V matrices (n, dim) of image features in all joint spaces."
@@ -96,7 +97,8 @@ def margin_ranking_loss(text: torch.Tensor, image: torch.Tensor,  # (spaces, n, 
     z = text @ image.transpose(1, 2)
     own = z.diagonal(dim1=1, dim2=2)
     same = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
-    costs = [(margin + z - own[:, :, None]).clamp(min=0).masked_fill(same, 0), (margin + z - own[:, None]).clamp(min=0).masked_fill(same, 0)]
+    costs = [(margin + z - own[:, :, None]).clamp(min=0).masked_fill(same, 0),
+             (margin + z - own[:, None]).clamp(min=0).masked_fill(same, 0)]
     if hardest: costs = [costs[0].amax(2), costs[1].amax(1)]
     return costs[0].sum() + costs[1].sum()
 
@@ -120,7 +122,8 @@ def recall_sum(similarity: np.ndarray  # (n, n), equal places match
               ) -> float:
     "R@1 + R@5 + R@10 of texts to images and of images to texts, in percent; an equal rival counts as better."
     own = np.diag(similarity)
-    return 100*sum(float(measure(ranks, f'R@{k}').mean()) for ranks in ((similarity >= own[:, None]).sum(1), (similarity >= own).sum(0)) for k in (1, 5, 10))
+    return 100*sum(float(measure(ranks, f'R@{k}').mean()) for ranks in ((similarity >= own[:, None]).sum(1), (similarity >= own).sum(0))
+                   for k in (1, 5, 10))
 
 # %% ../nbs/14_txv.ipynb #epoch
 def epoch_of(model: TxV, optimiser: torch.optim.Optimizer, texts: Sequence[torch.Tensor], images: Sequence[torch.Tensor],
@@ -130,7 +133,8 @@ def epoch_of(model: TxV, optimiser: torch.optim.Optimizer, texts: Sequence[torch
     total, order = 0., torch.randperm(len(texts[0]), generator=draw)
     for rows in order.split(recipe.batch_size):
         if len(rows) < 2: continue  # BatchNorm has no statistics of one
-        loss = margin_ranking_loss(model.texts([x[rows] for x in texts]), model.images([x[rows] for x in images]), recipe.margin, recipe.hardest)
+        loss = margin_ranking_loss(model.texts([x[rows] for x in texts]), model.images([x[rows] for x in images]), recipe.margin,
+                                   recipe.hardest)
         optimiser.zero_grad(); loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimiser.step()
@@ -190,7 +194,8 @@ def trained_txv(root: Path,  # folder of trained networks
                 train: tuple, valid: tuple,  # (T text matrices, V image matrices) each
                 recipe: TxVRecipe, start: TxV | None = None, start_key: str = '', device: str = 'cpu') -> tuple[TxV, list[dict], str]:  # with the key
     "`train_txv`, or what it gave before."
-    with threads_for(recipe.joint): key = features_key(train, valid, asdict(recipe), start_key, torch.device(device).type, torch.get_num_threads())
+    with threads_for(recipe.joint): key = features_key(train, valid, asdict(recipe), start_key, torch.device(device).type,
+                                                       torch.get_num_threads())
     path = root/f'{key}.safetensors'
     if path.is_file():
         model = TxV([x.shape[1] for x in train[0]], [x.shape[1] for x in train[1]], recipe.joint, recipe.dropout)
@@ -198,7 +203,8 @@ def trained_txv(root: Path,  # folder of trained networks
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
             return model.to(device).eval(), json.loads(file.metadata()['history']), key
     model, history = train_txv(*train, *valid, recipe, start, device)
-    with atomic_path(path) as part: save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, part, {'history': json.dumps(history)})
+    with atomic_path(path) as part: save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, part,
+                                              {'history': json.dumps(history)})
     return model, history, key
 
 # %% ../nbs/14_txv.ipynb #read-matrix
@@ -296,7 +302,8 @@ class Features:
     def pool(self, part: Collection) -> tuple[list[np.ndarray], list[np.ndarray]]:
         "Matrices of a part's articles and of its pool of images."
         rows = lambda table, frame, column: np.stack([table[key] for key in zip(frame.dataset, frame[column])])
-        return [rows(table, part.articles, 'article_id') for table in self.texts], [rows(table, part.images, 'image_id') for table in self.images]
+        return [rows(table, part.articles, 'article_id') for table in self.texts], [rows(table, part.images, 'image_id')
+                                                                                    for table in self.images]
 
 def embed_collection(usable: Collection, encoders: Sequence[Encoder | FeatureEncoder],  # of texts, and of images where `image_encoders` are not given
                      store: EmbeddingStore, selection: str = 'title',  # or 'full'
@@ -308,7 +315,8 @@ def embed_collection(usable: Collection, encoders: Sequence[Encoder | FeatureEnc
     texts = select(english(articles, translate, provided), selection)
     article_ids, image_ids = list(zip(usable.articles.dataset, usable.articles.article_id)), list(zip(usable.images.dataset, usable.images.image_id))
     return Features([dict(zip(article_ids, embed(encoder, texts, 'text', store))) for encoder in encoders],
-                    [dict(zip(image_ids, embed(encoder, usable.images.path.tolist(), 'image', store, workers=workers))) for encoder in (encoders if image_encoders is None else image_encoders)])
+                    [dict(zip(image_ids, embed(encoder, usable.images.path.tolist(), 'image', store, workers=workers)))
+                     for encoder in (encoders if image_encoders is None else image_encoders)])
 
 # %% ../nbs/14_txv.ipynb #fit
 JOINT = MappingProxyType({'paper': 2048, 'mini': 128})
@@ -322,7 +330,8 @@ def fit_txv(features: Features, parts: Parts, recipe: TxVRecipe, root: Path,  # 
         cut = len(first[0][0])*9//10
         head, tail = ([x[:cut] for x in side] for side in first), ([x[cut:] for x in side] for side in first)
         start, history['pre-training'], start_key = trained_txv(root, tuple(head), tuple(tail), recipe, device=device)
-    model, history['tuning'], key = trained_txv(root, features.pairs(parts.train), features.pairs(parts.valid), recipe, start, start_key, device)
+    model, history['tuning'], key = trained_txv(root, features.pairs(parts.train), features.pairs(parts.valid), recipe, start, start_key,
+                                                device)
     return model, history, key
 
 def txv_recipe(profile: str, joint: int = 0, epochs: int = 20, batch_size: int = 196, seed: int = 0) -> TxVRecipe:

@@ -91,7 +91,8 @@ def figure_panel(matcher: Matcher, text: str, word: str, paths: Sequence[Path], 
                  right: int | None, start: int | None = None) -> Panel:
     "One row of Figure 2."
     pieces = word_pieces_of(matcher, text, word, start)
-    return Panel(text, word, [open_image(path).convert('RGB') for path in paths], [word_heat(matcher, text, pieces, load_picture(path, matcher.rule)) for path in paths], right, start)
+    return Panel(text, word, [open_image(path).convert('RGB') for path in paths],
+                 [word_heat(matcher, text, pieces, load_picture(path, matcher.rule)) for path in paths], right, start)
 
 def longest_word(matcher: Matcher, text: str) -> tuple[str, int]:  # the word and where it starts
     "The longest word that the model reads whole, if possible one in lower case, which is no name; raises `InputError` where there is none."
