@@ -11,7 +11,7 @@ __all__ = ['CHOICES', 'RANGES', 'PUBMEDCLIP', 'HISTORY', 'twins', 'contrastive_l
            'train', 'size_of', 'prune', 'at_once', 'side_by_side', 'plot_history']
 
 # %% ../nbs/07_train.ipynb #imports
-import hashlib, json, math, os, re, shutil, time
+import copy, hashlib, json, math, os, re, shutil, time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from open_clip.transform import image_transform_v2
+from open_clip.transformer import PatchDropout
 from torchvision.transforms import Compose, Normalize
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, resized_crop
 from tqdm import tqdm
@@ -264,10 +265,11 @@ def encode_short(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor: 
     device = model.logit_scale.device
     if not isinstance(model, open_clip.CLIP) or model.text_pool_type != 'argmax' or model.attn_mask is None:
         return model.encode_text(tokens.to(device), normalize=True)
-    length = int(tokens.argmax(1).max()) + 1
-    short = dict(positional_embedding=model.positional_embedding[:length], attn_mask=model.attn_mask[:length, :length])
-    output = torch.func.functional_call(model, short, kwargs=dict(text=tokens[:, :length].to(device)), tie_weights=False)
-    return output['text_features'] if model.output_dict else output[1]
+    length, short = int(tokens.argmax(1).max()) + 1, copy.copy(model)  # what other threads see of the model stays as it is
+    short._parameters, short._buffers = dict(model._parameters), dict(model._buffers) | dict(attn_mask=model.attn_mask[:length, :length])
+    del short.positional_embedding
+    short.positional_embedding = model.positional_embedding[:length]
+    return short.encode_text(tokens[:, :length].to(device), normalize=True)
 
 def towers(model: torch.nn.Module, pixels: torch.Tensor, tokens: torch.Tensor, mixed: bool, normalise: Callable) -> torch.Tensor:  # (2, n, dim)
     "Unit embeddings of images and texts, in the precision of the weights."
@@ -486,9 +488,10 @@ def prune(root: Path, keep_bytes: float, spare: Path) -> list[Path]:  # what was
 
 # %% ../nbs/07_train.ipynb #side-by-side
 def at_once(model: torch.nn.Module) -> int:
-    "How many trainings like `model`'s to run side by side: one a thread where it is small and on the CPU, else one."
+    "How many trainings like `model`'s to run side by side: one a thread where it is small, on the CPU and draws nothing, else one."
     small = sum(p.numel() for p in model.parameters()) < 5_000_000
-    return torch.get_num_threads() if small and next(model.parameters()).device.type == 'cpu' else 1
+    draws = any(isinstance(m, (torch.nn.Dropout, PatchDropout)) and getattr(m, 'p', 1) for m in model.modules())  # all threads draw from one generator
+    return torch.get_num_threads() if small and not draws and next(model.parameters()).device.type == 'cpu' else 1
 
 def side_by_side(jobs: Sequence[Callable[[], Any]],
                  workers: int = 1  # that run at the same time; 1 = in turn, with all threads

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import newsrepro.train as training
 from newsrepro.data import InputError
 from newsrepro.embed import build_model, find_backbone
-from newsrepro.train import Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, join_ranks, normaliser, set_modes, train, twins
+from newsrepro.train import Pairs, Recipe, at_once, backward, batch_stream, contrastive_loss, digest, encode_short, join_ranks, normaliser, set_modes, train, twins
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)
@@ -40,6 +40,27 @@ def fresh(dtype=torch.float32, dropout=0.):
 
 
 def weights(model): return digest(*model.state_dict().values())
+
+
+def test_a_short_text_leaves_the_model_as_it_is_for_other_threads():
+    "One model embeds a long text while it is in the middle of a short one, and both are what they are alone."
+    model, tokens = fresh().eval(), some_pairs(3).tokens
+    tokens[2, 4:70], tokens[2, 70] = 7, 1599
+    alone, between = model.encode_text(tokens, normalize=True), []
+
+    def other_thread(*_):
+        if between: return
+        between.append(True)
+        between.extend([model.encode_text(tokens[2:], normalize=True), encode_short(model, tokens[2:])])
+
+    model.ln_final.register_forward_pre_hook(other_thread)
+    torch.testing.assert_close(encode_short(model, tokens[:2]), alone[:2], atol=1e-5, rtol=0)
+    for found in between[1:]: torch.testing.assert_close(found, alone[2:], atol=1e-5, rtol=0)
+    assert 'positional_embedding' in dict(model.named_parameters())
+
+
+def test_models_that_draw_are_not_trained_side_by_side():
+    assert (at_once(fresh()), at_once(fresh(dropout=.1))) == (torch.get_num_threads(), 1)
 
 
 @pytest.mark.parametrize('n', [2, 7, 64])
