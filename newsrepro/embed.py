@@ -6,8 +6,8 @@
 __all__ = ['PAPER_BACKBONES', 'MINI_DIR', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_BACKBONES', 'SUFFIXES', 'JIT_EXTRAS', 'WHEELS',
            'Backbone', 'find_backbone', 'hub_repository', 'openai_file', 'candidates', 'MissingCheckpoint',
            'search_places', 'find_checkpoint', 'read_weights', 'check_weights', 'preprocessing', 'merges_file',
-           'tokenizer', 'Encoder', 'build_model', 'load_encoder', 'batches', 'encode_batch', 'prepared', 'encode',
-           'FeatureEncoder', 'local_weights', 'ImageTower', 'by_place', 'load_image_encoder', 'TextTower',
+           'tokenizer', 'Encoder', 'QuickGELU', 'build_model', 'load_encoder', 'batches', 'encode_batch', 'prepared',
+           'encode', 'FeatureEncoder', 'local_weights', 'ImageTower', 'by_place', 'load_image_encoder', 'TextTower',
            'load_text_encoder', 'load_any', 'content_key', 'read_shard', 'EmbeddingStore', 'embed', 'count_tokens',
            'embed_windows', 'encoding_cost']
 
@@ -25,14 +25,17 @@ from types import MappingProxyType
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch.autograd.function import once_differentiable
 
 import newsrepro
 from .data import InputError, atomic_path, open_image
 from .text import windows
+from .threads import threads_for
 
 # %% ../nbs/04_embed.ipynb #backbone
 @dataclass(frozen=True)
@@ -201,6 +204,21 @@ class Encoder:
                  self.precision, torch.device(self.device).type]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
+# %% ../nbs/04_embed.ipynb #activation
+class _ScaledSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.silu(x*1.702, inplace=True).div_(1.702)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad): return torch.ops.aten.silu_backward(grad, ctx.saved_tensors[0]*1.702)
+
+class QuickGELU(torch.nn.Module):
+    "OpenAI's approximation of GELU, `x*sigmoid(1.702*x)`, in less time and memory than `open_clip`'s module."
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return _ScaledSiLU.apply(x)
+
 # %% ../nbs/04_embed.ipynb #load-encoder
 _BUILDING = Lock()  # the level of logging is the process's
 
@@ -209,8 +227,12 @@ def build_model(backbone: Backbone) -> torch.nn.Module:
     with _BUILDING:
         root, level = logging.getLogger(), logging.getLogger().level
         root.setLevel(logging.ERROR)  # open_clip warns that the weights are random, which they are until the caller fills them
-        try: return open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
+        try: model = open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
         finally: root.setLevel(level)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, open_clip.transformer.QuickGELU): setattr(module, name, QuickGELU())
+    return model
 
 def load_encoder(backbone: Backbone,
                  weights: Path | None = None,  # folder searched first for the checkpoint
@@ -232,7 +254,7 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[start:start + size] for start in range(0, len(items), size))
 
 def _normalised(features: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+    return F.normalize(features.float(), dim=-1).cpu().numpy()
 
 @torch.inference_mode()
 def encode_batch(encoder: Encoder, batch: torch.Tensor,  # (n, 77) token ids or (n, 3, px, px) pixels
@@ -243,7 +265,8 @@ def encode_batch(encoder: Encoder, batch: torch.Tensor,  # (n, 77) token ids or 
     padded = torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])]).to(encoder.device)
     low = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(encoder.precision)
     run = run or (encoder.model.encode_text if batch.ndim == 2 else encoder.model.encode_image)
-    with torch.autocast(torch.device(encoder.device).type, dtype=low, enabled=low is not None): features = run(padded)
+    with threads_for(encoder.model), torch.autocast(torch.device(encoder.device).type, dtype=low, enabled=low is not None):
+        features = run(padded)
     return _normalised(features[:len(batch)])
 
 # %% ../nbs/04_embed.ipynb #decode

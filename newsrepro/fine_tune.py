@@ -28,6 +28,7 @@ from .metrics import measure
 from .retrieve import ranked_lists
 from .study import PACKAGE
 from .text import english, select
+from .threads import threads_for
 from .train import HISTORY, PUBMEDCLIP, Pairs, Recipe, encode_short, identity, load_pairs, normaliser, prune, train
 
 # %% ../nbs/12_fine_tune.ipynb #news-texts
@@ -156,7 +157,7 @@ def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
 # %% ../nbs/12_fine_tune.ipynb #model-key
 def model_key(start: Encoder, pairs: Pairs, valid: Pairs | None, recipe: Recipe) -> str:
     "A name that changes with whatever the trained weights depend on."
-    threads = torch.get_num_threads() if start.device == 'cpu' else 0  # sums are taken in another order
+    with threads_for(start.model): threads = torch.get_num_threads() if start.device == 'cpu' else 0  # sums are taken in another order
     facts = identity(start.model, pairs, valid, recipe, normaliser(start.backbone)) | dict(
         backbone=repr(start.backbone), device=torch.device(start.device).type, threads=threads, torch=torch.__version__,
         code=hashlib.sha256((PACKAGE/'train.py').read_bytes()).hexdigest())

@@ -24,6 +24,7 @@ from .data import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
 from .single_stream import Matcher, Vilt, encode_pairs, load_picture, load_vilt, match_logits, save_vilt
 import newsrepro.match, newsrepro.single_stream, newsrepro.train
+from .threads import threads_for
 from .train import HISTORY, Recipe, batch_order, digest, load_checkpoint, make_optimiser, prune, run_steps, seed_of, set_modes, take_step
 
 # %% ../nbs/07a_match.ipynb #recipe
@@ -274,8 +275,8 @@ def trained_matcher(start: Matcher,  # stays as it is
     "Train a copy of `start`, or take it from `root` where it was trained before; a run that was killed goes on."
     code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
             for module in (newsrepro.match, newsrepro.single_stream, newsrepro.train)]
-    facts = match_identity(start, pairs, valid, recipe) | dict(device=start.model.device.type, threads=torch.get_num_threads(),
-                                                               torch=torch.__version__, code=code)
+    with threads_for(start.model): facts = match_identity(start, pairs, valid, recipe) | dict(
+        device=start.model.device.type, threads=torch.get_num_threads(), torch=torch.__version__, code=code)
     folder = Path(root)/hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     if not (folder/HISTORY).is_file():
         made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid, folder, save_seconds,

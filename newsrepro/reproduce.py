@@ -297,18 +297,19 @@ def tools_dir() -> Path:
 def child_environment(tools: Path,  # folder for what tools keep
                       base: Mapping[str, str]  # the environment to change
                      ) -> dict[str, str]:
-    "`base` with every tool's folder under `tools`, hashes fixed, and models where the user keeps them."
+    "`base` with every tool's folder under `tools`, hashes fixed, models where the user keeps them, and threads that do not spin."
     cache_home = base.get('XDG_CACHE_HOME') or os.path.join(base.get('HOME', ''), '.cache')
     folders = {name: str(tools/name.lower()) for name in (
         'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'XDG_DATA_HOME', 'IPYTHONDIR', 'JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR',
         'MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR', 'CUDA_CACHE_PATH')}
-    models = {'HF_HOME': os.path.join(cache_home, 'huggingface'), 'TORCH_HOME': os.path.join(cache_home, 'torch')}
+    defaults = {'HF_HOME': os.path.join(cache_home, 'huggingface'), 'TORCH_HOME': os.path.join(cache_home, 'torch'),
+                'OMP_WAIT_POLICY': 'PASSIVE'}  # a thread that waits leaves the core to others
     fixed = {'PYTHONHASHSEED': '0', 'TOKENIZERS_PARALLELISM': 'false', 'CUBLAS_WORKSPACE_CONFIG': ':4096:8',
              'JUPYTER_PREFER_ENV_PATH': '1', 'NEWSREPRO_CACHE': str(tools.parent)}
     kept = {name: value for name, value in base.items() if name != 'JUPYTER_PATH'}
     root = clone_root()  # so that the jobs import the package this one is
     path = {'PYTHONPATH': os.pathsep.join(filter(None, [str(root), base.get('PYTHONPATH')]))} if root and str(root) not in base.get('PYTHONPATH', '').split(os.pathsep) else {}
-    return models | kept | folders | fixed | path
+    return defaults | kept | folders | fixed | path
 
 # %% ../nbs/25_reproduce.ipynb #parent-mark
 def process_mark(pid: int | None = None) -> str:

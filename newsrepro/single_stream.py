@@ -34,6 +34,7 @@ from .embed import read_weights
 from .metrics import tie_order
 from .retrieve import check_k, from_keys, to_keys
 from .text import find_model, folder_fingerprint
+from .threads import threads_for
 
 # %% ../nbs/04a_single_stream.ipynb #picture-rule
 @dataclass(frozen=True)
@@ -401,7 +402,7 @@ def refuse(matcher: Matcher, texts: Sequence, pictures: Sequence, k: int, wanted
 def score_chunk(matcher: Matcher, ids: list[list[int]], chunk: range, loaded: list[torch.Tensor], wanted: np.ndarray | None,
                 kept: Journal, crew: tuple, effort: Effort, bar: tqdm) -> np.ndarray:  # (texts, chunk) float32, -inf where not wanted
     "Scores of a chunk of the pool: finished units come from the journal, the others go to the crew."
-    (pool, models), finished, patches = crew, kept.units(), embed_pictures(matcher, loaded, effort.batch_size)
+    with threads_for(matcher.model): (pool, models), finished, patches = crew, kept.units(), embed_pictures(matcher, loaded, effort.batch_size)
     counts = [len(chunk)]*len(ids) if wanted is None else ((wanted >= chunk.start) & (wanted < chunk.stop)).sum(1)
     units = [unit_pairs(texts, chunk, wanted) for texts in text_units([len(row) for row in ids], counts, 16*effort.batch_size)]
     def work(number: int) -> np.ndarray:

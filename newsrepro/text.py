@@ -165,11 +165,13 @@ def translate_batches(model, tokenizer,  # of `load_marian`
                      ) -> Iterator[dict[str, str]]:  # a batch at a time, translation by text
     "Translate `texts` with the checkpoint's own search (beams and so on), at most three times as long as the source, as Marian has it."
     import torch
+    from newsrepro.threads import threads_for
     ids, device = tokenizer(list(texts)).input_ids if texts else [], model.device
     for batch in length_batches([len(row) for row in ids], budget):
         source = tokenizer.pad({'input_ids': [ids[i] for i in batch]}, return_tensors='pt').to(device)
         limits = [min(model.config.max_position_embeddings, 3*len(ids[i]) + 10) for i in batch]
-        with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == 'cuda'): out = model.generate(**source, max_length=max(limits))
+        with torch.inference_mode(), threads_for(model), torch.autocast(device.type, torch.float16, enabled=device.type == 'cuda'):
+            out = model.generate(**source, max_length=max(limits))
         own = [row[:limit - 1] for row, limit in zip(out.tolist(), limits)]  # what a neighbour's length allows beyond is no translation
         yield {texts[i]: text for i, text in zip(batch, tokenizer.batch_decode(own, skip_special_tokens=True))}
 

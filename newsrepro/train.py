@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'RANGES', 'PUBMEDCLIP', 'HISTORY', 'twins', 'contrastive_l
            'draw_boxes', 'cut', 'ranks', 'join_ranks', 'gathered', 'Batch', 'image_side', 'prepare', 'batch_stream',
            'encode_short', 'towers', 'seeded', 'backward', 'validate', 'best_record', 'exhausted', 'digest', 'identity',
            'save_checkpoint', 'load_checkpoint', 'refuse', 'take_step', 'optimise', 'share_start', 'agree', 'run_steps',
-           'train', 'size_of', 'prune', 'at_once', 'side_by_side', 'plot_history']
+           'train', 'size_of', 'prune', 'plot_history']
 
 # %% ../nbs/07_train.ipynb #imports
 import copy, hashlib, json, math, os, re, shutil, time
@@ -19,7 +19,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,13 +28,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from open_clip.transform import image_transform_v2
-from open_clip.transformer import PatchDropout
 from torchvision.transforms import Compose, Normalize
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, resized_crop
 from tqdm import tqdm
 
 from .data import InputError, atomic_path, open_image
 from .embed import Backbone, preprocessing, tokenizer
+from .threads import threads_for
 
 # %% ../nbs/07_train.ipynb #contrastive-loss
 def twins(ids: Sequence) -> torch.Tensor:  # (n, n) bool
@@ -426,7 +425,7 @@ def run_steps(model: torch.nn.Module, optimiser: torch.optim.Optimizer, recipe: 
     "The loop of any training: validation, early stopping, checkpoints."
     rank, start, saved, cost = ranks()[0], len(history), time.perf_counter(), 0.
     began = saved - (history[-1]['seconds'] if history else 0)
-    with tqdm(total=recipe.steps, initial=start, disable=not progress or rank > 0, mininterval=2) as bar:
+    with threads_for(model), tqdm(total=recipe.steps, initial=start, disable=not progress or rank > 0, mininterval=2) as bar:
         while len(history) < recipe.steps and not exhausted(history, recipe):
             history.append(record := step(len(history)))
             if validate and (len(history) % every == 0 or len(history) == recipe.steps):
@@ -485,27 +484,6 @@ def prune(root: Path, keep_bytes: float, spare: Path) -> list[Path]:  # what was
         total += size_of(folder)
         if total > keep_bytes: shutil.rmtree(folder, ignore_errors=True); gone.append(folder)
     return gone
-
-# %% ../nbs/07_train.ipynb #side-by-side
-def at_once(model: torch.nn.Module) -> int:
-    "How many trainings like `model`'s to run side by side: one a thread where it is small, on the CPU and draws nothing, else one."
-    small = sum(p.numel() for p in model.parameters()) < 5_000_000
-    draws = any(isinstance(m, (torch.nn.Dropout, PatchDropout)) and getattr(m, 'p', 1) for m in model.modules())  # all threads draw from one generator
-    return torch.get_num_threads() if small and not draws and next(model.parameters()).device.type == 'cpu' else 1
-
-def side_by_side(jobs: Sequence[Callable[[], Any]],
-                 workers: int = 1  # that run at the same time; 1 = in turn, with all threads
-                ) -> list:  # what they returned, in order
-    "Run `jobs` at the same time in threads; of those that fail, the first one's error is raised, and what has not begun is left."
-    if workers < 1: raise InputError(f'workers={workers}: 1 or more')
-    if workers == 1: return [job() for job in jobs]
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running = [pool.submit(job) for job in jobs]
-            try: return [job.result() for job in running]
-            except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
-    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/07_train.ipynb #plot-history
 def plot_history(history: Sequence[dict],  # what `train` returned

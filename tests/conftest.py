@@ -9,4 +9,4 @@ for variable, folder in {'IPYTHONDIR': 'ipython', 'JUPYTER_CONFIG_DIR': 'jupyter
                          'XDG_CONFIG_HOME': 'xdg/config', 'XDG_DATA_HOME': 'xdg/data', 'HF_HOME': 'huggingface'}.items():
     os.environ[variable] = str(TOOLS/folder)
     (TOOLS/folder).mkdir(parents=True, exist_ok=True)
-os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_WAIT_POLICY': 'PASSIVE'}
