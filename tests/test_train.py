@@ -16,7 +16,8 @@ from tqdm import tqdm
 import newsrepro.train as training
 from newsrepro.data import InputError
 from newsrepro.embed import build_model, find_backbone
-from newsrepro.train import Pairs, Recipe, at_once, backward, batch_stream, contrastive_loss, digest, encode_short, join_ranks, normaliser, set_modes, train, twins
+from newsrepro.threads import at_once
+from newsrepro.train import Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short, join_ranks, normaliser, set_modes, train, twins
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)
