@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import open_clip
 import torch
 from open_clip.loss import ClipLoss
 
@@ -31,9 +32,13 @@ def some_pairs(n: int, length: int) -> Pairs:
     return Pairs(torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8), tokens, tuple(range(n)), tuple(range(n)))
 
 
-def fresh(device: str) -> torch.nn.Module:
+def fresh(device: str, build=build_model) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_model(B32).to(device)
+    return build(B32).to(device)
+
+
+def as_open_clip_builds_it(backbone) -> torch.nn.Module:
+    return open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
 
 
 def plain_step(model, optimiser, loss_of, images, tokens, mixed):
@@ -52,7 +57,7 @@ def plain_step(model, optimiser, loss_of, images, tokens, mixed):
 
 def speed(args, length: int) -> tuple[float, float]:  # median seconds a step: plain, ours
     recipe = Recipe(args.repetitions + 1, batch_size=args.batch, rate=1e-5, warmup=0, augment='none', mixed=args.mixed)
-    pairs, ours, theirs = some_pairs(args.batch, length), fresh(args.device), fresh(args.device).train()
+    pairs, ours, theirs = some_pairs(args.batch, length), fresh(args.device), fresh(args.device, as_open_clip_builds_it).train()
     set_modes(ours, recipe)
     decays = lambda wanted: [p for p in theirs.parameters() if (p.ndim >= 2) == wanted]
     plain = torch.optim.AdamW([dict(params=decays(True), weight_decay=.1), dict(params=decays(False), weight_decay=0.)], lr=1e-5, betas=(.9, .98))

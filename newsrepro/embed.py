@@ -7,9 +7,9 @@ __all__ = ['PAPER_BACKBONES', 'MINI_DIR', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_B
            'Backbone', 'find_backbone', 'hub_repository', 'openai_file', 'candidates', 'MissingCheckpoint',
            'search_places', 'find_checkpoint', 'read_weights', 'check_weights', 'preprocessing', 'merges_file',
            'tokenizer', 'Encoder', 'QuickGELU', 'build_model', 'load_encoder', 'batches', 'encode_batch', 'prepared',
-           'encode', 'FeatureEncoder', 'local_weights', 'ImageTower', 'by_place', 'load_image_encoder', 'TextTower',
-           'load_text_encoder', 'load_any', 'content_key', 'read_shard', 'EmbeddingStore', 'embed', 'count_tokens',
-           'embed_windows', 'encoding_cost']
+           'rows_at_once', 'encode', 'FeatureEncoder', 'local_weights', 'ImageTower', 'by_place', 'load_image_encoder',
+           'TextTower', 'load_text_encoder', 'load_any', 'content_key', 'read_shard', 'EmbeddingStore', 'embed',
+           'count_tokens', 'embed_windows', 'encoding_cost']
 
 # %% ../nbs/04_embed.ipynb #imports
 import hashlib, json, logging, os, time, warnings
@@ -281,15 +281,25 @@ def prepared(encoder: Encoder, items: Sequence[str], kind: str, size: int, worke
             if len(pending) > 3: yield torch.stack([job.result() for job in pending.pop(0)])
         for jobs in pending: yield torch.stack([job.result() for job in jobs])
 
+# %% ../nbs/04_embed.ipynb #rows-at-once
+def rows_at_once(encoder: Encoder, kind: str, most: int) -> int:  # 1 to `most`
+    "Rows of a batch: on the CPU as many as keep the largest activation of a transformer within 4 MiB, where it stays in the cache."
+    model = getattr(encoder, 'model', None)
+    if not isinstance(model, open_clip.CLIP) or torch.device(encoder.device).type != 'cpu': return most
+    places = getattr(model.visual if kind == 'image' else model, 'positional_embedding', None)  # (tokens, width)
+    return most if places is None else max(1, min(most, 2**20//(4*places.numel())))  # blocks are four times as wide inside
+
 # %% ../nbs/04_embed.ipynb #encode-all
 def encode(encoder: Encoder,
            items: Sequence[str],  # texts, or paths of images
            kind: str,  # 'text' or 'image'
-           batch_size: int = 64, workers: int = 0  # threads that decode; 0 = one a core, at most 8
+           batch_size: int = 64,  # rows of a batch at most
+           workers: int = 0  # threads that decode; 0 = one a core, at most 8
           ) -> np.ndarray:  # (n, dim) float32, unit rows
     "Embeddings of `items`, in their order."
     workers = workers or min(8, os.cpu_count() or 1)
-    parts = [encode_batch(encoder, batch, batch_size) for batch in prepared(encoder, items, kind, batch_size, workers)]
+    rows = rows_at_once(encoder, kind, batch_size)
+    parts = [encode_batch(encoder, batch, rows) for batch in prepared(encoder, items, kind, rows, workers)]
     return np.concatenate(parts) if parts else np.empty((0, encoder.backbone.dim), np.float32)
 
 # %% ../nbs/04_embed.ipynb #feature-encoder

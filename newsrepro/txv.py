@@ -13,6 +13,7 @@ import hashlib, json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,6 +32,7 @@ from .metrics import measure
 from .retrieve import as_unit_rows
 from .study import mini_root
 from .text import english, select
+from .threads import at_once, side_by_side
 
 # %% ../nbs/14_txv.ipynb #backbones
 BACKBONES = MappingProxyType({'paper': ('ViT-H/14', 'ViT-B/32'), 'mini': ('ViT-B/32', 'RN101')})
@@ -314,9 +316,11 @@ def embed_collection(usable: Collection, encoders: Sequence[Encoder | FeatureEnc
     articles = usable.articles.assign(text='') if selection == 'title' else usable.articles  # a body that is not read need not be translated
     texts = select(english(articles, translate, provided), selection)
     article_ids, image_ids = list(zip(usable.articles.dataset, usable.articles.article_id)), list(zip(usable.images.dataset, usable.images.image_id))
-    return Features([dict(zip(article_ids, embed(encoder, texts, 'text', store))) for encoder in encoders],
-                    [dict(zip(image_ids, embed(encoder, usable.images.path.tolist(), 'image', store, workers=workers)))
-                     for encoder in (encoders if image_encoders is None else image_encoders)])
+    seeing = encoders if image_encoders is None else image_encoders
+    jobs = [partial(embed, encoder, texts, 'text', store) for encoder in encoders]
+    jobs += [partial(embed, encoder, usable.images.path.tolist(), 'image', store, workers=workers) for encoder in seeing]
+    rows = side_by_side(jobs, min(at_once(encoder.model) if isinstance(encoder, Encoder) else 1 for encoder in (*encoders, *seeing)))
+    return Features([dict(zip(article_ids, found)) for found in rows[:len(encoders)]], [dict(zip(image_ids, found)) for found in rows[len(encoders):]])
 
 # %% ../nbs/14_txv.ipynb #fit
 JOINT = MappingProxyType({'paper': 2048, 'mini': 128})
