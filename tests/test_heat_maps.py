@@ -135,9 +135,18 @@ def test_same_on_the_gpu():
     cost = 2*torch.rand(4, 13, 29, generator=torch.Generator().manual_seed(6))
     for options in (TRAINING, DRAWING):
         assert torch.allclose(transport_plan(cost.cuda(), **options).cpu(), transport_plan(cost, **options), rtol=1e-4, atol=1e-8)
-    with torch.autocast('cuda', dtype=torch.bfloat16):
-        assert cosine_cost(cost.cuda(), cost.cuda()).dtype == torch.float32
-        assert torch.allclose(transport_plan(cost.cuda()).cpu(), transport_plan(cost), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize('device', ['cpu'] + ['cuda']*torch.cuda.is_available())
+def test_mixed_precision_around_it_changes_nothing(device):
+    text, patches = torch.randn(2, 4, 13, 29, generator=torch.Generator().manual_seed(7))
+    cost = cosine_cost(text, patches)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert (text.to(device) @ patches.to(device).mT).dtype == torch.bfloat16
+        inside = cosine_cost(text.to(device), patches.to(device))
+        plan = transport_plan(inside)
+    assert inside.dtype == plan.dtype == torch.float32
+    assert torch.allclose(inside.cpu(), cost, atol=1e-6) and torch.allclose(plan.cpu(), transport_plan(cost), rtol=1e-4, atol=1e-8)
 
 
 # -- the model whose answer is known: colours of a palette are the dimensions of its states

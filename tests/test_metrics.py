@@ -1,8 +1,7 @@
 "The measures against a plain restatement of the official rules and against `ranx`, on random runs."
-import os
-
 import numpy as np
 import pytest
+import ranx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,16 +75,8 @@ def test_equal_scores_favour_no_image(seed, levels):
         assert abs(part.mean() - (n + 1) / 2) < 5 * n / (12 * len(part))**.5
 
 
-@pytest.fixture(scope='module')
-def ranx():
-    "ranx without compilation, which takes longer than all of these tests"
-    with pytest.MonkeyPatch.context() as patch:
-        if 'NUMBA_DISABLE_JIT' not in os.environ: patch.setenv('NUMBA_DISABLE_JIT', '1')
-        yield pytest.importorskip('ranx')
-
-
 @pytest.mark.parametrize('seed', range(5))
-def test_ranx_agrees(ranx, seed):
+def test_ranx_agrees(seed):
     "Runs with ties, missing articles and short lists; ranx sorts by score, so it gets the place in the list as one"
     rng = np.random.default_rng(seed)
     n, m = 37, 131

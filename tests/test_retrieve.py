@@ -1,6 +1,7 @@
 """Exact search and streamed dual softmax: equal to the dense formulas at size, on adversarial input, and on any number of threads."""
 import numpy as np
 import pytest
+import ranx
 import torch
 
 from newsrepro.data import InputError
@@ -175,7 +176,6 @@ def test_assignment_against_brute_force():
 
 
 def test_fusion_equals_ranx():
-    ranx = pytest.importorskip('ranx')
     rng = np.random.default_rng(0)
     matrices = [rng.normal(size=(6, 9)), rng.gamma(2, size=(6, 9))]
     runs = [ranx.Run({f'q{i}': {f'd{j}': float(x) for j, x in enumerate(row)} for i, row in enumerate(matrix)}) for matrix in matrices]
