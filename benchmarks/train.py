@@ -17,7 +17,8 @@ import open_clip
 import torch
 from open_clip.loss import ClipLoss
 
-from newsrepro.embed import build_model, find_backbone
+from newsrepro.checkpoints import find_backbone
+from newsrepro.embed import build_model
 from newsrepro.train import Pairs, Recipe, batch_stream, make_optimiser, normaliser, optimise, set_modes
 
 B32 = find_backbone('ViT-B/32', 'paper')

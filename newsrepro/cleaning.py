@@ -17,7 +17,7 @@ from unicodedata import normalize
 
 import regex
 
-from .data import InputError
+from .core import InputError
 
 # %% ../nbs/01a_cleaning.ipynb #kinds
 _PICTURE = r'(?:(?![©®™](?!\uFE0F))[\p{Extended_Pictographic}\p{Emoji_Presentation}]\uFE0F?\p{Emoji_Modifier}?\uFE0F?\u20E3?[\U000E0020-\U000E007F]*)'

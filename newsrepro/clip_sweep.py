@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import Collection, InputError
-from .embed import ZHANG_BACKBONES, EmbeddingStore, Encoder, embed, encoding_cost
+from .checkpoints import ZHANG_BACKBONES
+from .core import InputError
+from .data import Collection
+from .embed import EmbeddingStore, Encoder, embed, encoding_cost
 from .retrieve import ranked_lists
 
 # %% ../nbs/11_clip_sweep.ipynb #backbone-names

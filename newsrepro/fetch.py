@@ -26,7 +26,9 @@ from PIL import Image
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from . import __version__
-from .data import PICTURE_SUFFIXES, MAX_BYTES, MAX_PIXELS, InputError, decode_whole, picture_index, atomic_path, open_image, read_collection, read_table
+from .core import InputError, atomic_path
+from .data import (MAX_BYTES, MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, open_image, picture_index,
+                            read_collection, read_table)
 
 # %% ../nbs/09_fetch.ipynb #outcomes
 OUTCOMES = dict(  # outcome -> what the next run does about it, what it means

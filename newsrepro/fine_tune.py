@@ -21,15 +21,17 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
+from .checkpoints import Backbone, MissingCheckpoint, find_checkpoint
 from .cleaning import clean_all
-from .data import Collection, InputError, atomic_path, chronological_split, random_split
-from .embed import Backbone, Encoder, MissingCheckpoint, encode_batch, find_checkpoint, load_encoder, preprocessing, tokenizer
+from .core import PACKAGE, InputError, atomic_path
+from .data import Collection, chronological_split, random_split
+from .embed import Encoder, encode_batch, load_encoder, preprocessing, tokenizer
 from .metrics import measure
 from .retrieve import ranked_lists
-from .study import PACKAGE
 from .text import english, select
 from .threads import threads_for
-from .train import HISTORY, PUBMEDCLIP, Pairs, Recipe, encode_short, identity, load_pairs, normaliser, prune, train
+from .train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, encode_short, identity, load_pairs,
+                             normaliser, prune, train)
 
 # %% ../nbs/12_fine_tune.ipynb #news-texts
 def news_texts(articles: pd.DataFrame,  # `title`, `text`, `lang`

@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextToPath
 from PIL import Image, ImageOps
 
-from .data import InputError
+from .core import InputError
 
 # %% ../nbs/04b_heat_maps.ipynb #cost
 def cosine_cost(text: torch.Tensor,  # (batch, n, dim) hidden states of the words

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .data import InputError, atomic_path
+from .core import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
-from .single_stream import Matcher, Vilt, encode_pairs, load_picture, load_vilt, match_logits, save_vilt
+from .single_stream import (Matcher, Vilt, encode_pairs, load_picture, load_vilt, match_logits,
+                                     save_vilt)
 import newsrepro.match, newsrepro.single_stream, newsrepro.train
 from .threads import threads_for
 from .train import HISTORY, Recipe, batch_order, digest, load_checkpoint, make_optimiser, prune, run_steps, seed_of, set_modes, take_step

@@ -26,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
 
-from .data import InputError
+from .core import InputError
 from .mini_pictures import Group, Picture, Print, world_table, write_pictures
 
 # %% ../nbs/08_mini.ipynb #knobs

@@ -17,8 +17,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import skew
 
-from .data import InputError
-from .retrieve import Handicap, as_pair, block_sizes, check_k, cosine_block, exact_search, over_queries
+from .core import InputError
+from .retrieve import (Handicap, as_pair, block_sizes, check_k, cosine_block, exact_search,
+                                over_queries)
 
 # %% ../nbs/05a_one_to_one.ipynb #inputs
 def check_temperature(temperature: float) -> float:

@@ -15,8 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from .data import atomic_path
-from .study import NOTEBOOKS, PACKAGE, PAPERS, STUDY_TABLES, Notebook
+from .core import PACKAGE, atomic_path
+from .registry import NOTEBOOKS, PAPERS, STUDY_TABLES, Notebook
 
 # %% ../nbs/20_report.ipynb #markdown-html
 def markdown_html(text: str) -> Markup:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'REFUSALS', 'closest', 'choose', 'parse_set', 'imported_modules', 'code_files', 'notebook_source',
            'code_identity', 'folder_identity', 'library_versions', 'Job', 'identity_of', 'make_job', 'existing_folder',
-           'check_profile', 'core_values', 'report_folder', 'make_plan', 'stamp', 'is_intact', 'read_json',
-           'write_json', 'why_stale', 'stale_jobs', 'write_plan', 'read_job', 'plan_from_config', 'tools_dir',
-           'child_environment', 'process_mark', 'is_alive', 'kill_tree', 'Watch', 'tree_memory', 'execute', 'publish',
-           'keep_failure', 'run_job', 'thread_count', 'snakemake_command', 'snakemake', 'outcome', 'show_line',
-           'follow', 'show_failure', 'make_manifest', 'locked', 'run_plan', 'reproduce', 'current_state', 'overview']
+           'check_profile', 'core_values', 'report_folder', 'make_plan', 'stamp', 'is_intact', 'why_stale',
+           'stale_jobs', 'write_plan', 'read_job', 'plan_from_config', 'tools_dir', 'child_environment', 'process_mark',
+           'is_alive', 'kill_tree', 'Watch', 'tree_memory', 'execute', 'publish', 'keep_failure', 'run_job',
+           'thread_count', 'snakemake_command', 'snakemake', 'outcome', 'show_line', 'follow', 'show_failure',
+           'make_manifest', 'locked', 'run_plan', 'reproduce', 'current_state', 'overview']
 
 # %% ../nbs/25_reproduce.ipynb #imports
-import ast, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, time
+import ast, hashlib, json, os, platform, re, shutil, subprocess, sys, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,9 +23,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from .data import InputError, atomic_path, read_collection
-from .study import (CORE, NOTEBOOKS, PACKAGE, PROFILES, Notebook, cache_dir, check_device, check_value, clone_root,
-                             command_line, notebook_parameters, notebooks_dir, package_version, resolve_device, source_commit)
+from .core import (PACKAGE, InputError, cache_dir, clone_root, file_digest,
+                            notebooks_dir, package_version, read_json, source_commit, write_json)
+from .registry import (CORE, NOTEBOOKS, PROFILES, Notebook, check_device, check_value, command_line,
+                                notebook_parameters, resolve_device)
 
 # %% ../nbs/25_reproduce.ipynb #closest
 def closest(name: str,  # what was given
@@ -102,8 +103,8 @@ def notebook_source(path: Path) -> str:
     return '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
 
 def _data_files(package: Path) -> list[Path]:
-    files = [path for pattern in ('*.csv', '*.json', 'mini_checkpoints/*') for path in package.glob(pattern)]
-    return sorted(path for path in files if path.is_file())
+    files = [path for pattern in ('*.csv', '*.json', 'mini_checkpoints/**/*') for path in package.glob(pattern)]
+    return sorted(path for path in files if path.is_file() and path.suffix != '.md')
 
 def code_identity(notebook: Path, package: Path = PACKAGE) -> str:
     "SHA-256 of everything that a notebook's results depend on in this project."
@@ -209,25 +210,12 @@ def make_plan(profile: str = 'mini', data: str = 'mini', device: str = 'auto', w
 # %% ../nbs/25_reproduce.ipynb #stamp
 def stamp(path: Path) -> dict[str, Any]:
     "Size, modification time and SHA-256 of a file."
-    with path.open('rb') as file: digest = hashlib.file_digest(file, 'sha256').hexdigest()
-    return dict(size=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns, sha256=digest)
+    return dict(size=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns, sha256=file_digest(path))
 
 def is_intact(path: Path, known: Mapping[str, Any]) -> bool:
     "Whether the file still has the content that `known`, its `stamp`, tells of."
     if not path.is_file() or (stat := path.stat()).st_size != known['size']: return False
     return stat.st_mtime_ns == known['mtime_ns'] or stamp(path)['sha256'] == known['sha256']
-
-# %% ../nbs/25_reproduce.ipynb #json-files
-def read_json(path: Path) -> dict | None:
-    "The object in a JSON file, None where there is none or it cannot be read."
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError): return None
-
-def write_json(path: Path, value: Mapping) -> None:
-    "Write `value` beside `path`, then rename; a file that says the same already is left alone."
-    text = json.dumps(value, indent=1, ensure_ascii=False) + '\n'
-    if path.is_file() and path.read_bytes() == text.encode(): return
-    with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
 
 # %% ../nbs/25_reproduce.ipynb #why-stale
 def _digest(record: Mapping | None) -> str: return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -573,6 +561,7 @@ def reproduce(profile: str = 'mini', data: str = 'mini', device: str = 'auto', w
               notebooks: Sequence[Notebook] = NOTEBOOKS, folder: Path | None = None) -> int:  # exit code
     "The command `newsrepro reproduce`: 0 when every result asked for is there, 1 when a computation failed. Raises `InputError` on bad input."
     from rich.console import Console
+    from newsrepro.data import read_collection
     from newsrepro.report import write_report
     console = Console(highlight=False)
     plan = make_plan(profile, data, device, weights, only, sets, out, notebooks, folder)

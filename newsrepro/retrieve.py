@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import InputError
+from .core import InputError
 from .metrics import tie_order
 
 # %% ../nbs/05_retrieve.ipynb #unit-rows

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import InputError, atomic_path, read_collection, read_table
+from .core import InputError, atomic_path
+from .data import read_collection, read_table
 from .metrics import compare_ranks, found, rank_of_truth, summarise
 
 # %% ../nbs/03_runs.ipynb #obfuscation

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .data import InputError
+from .core import InputError
 
 # %% ../nbs/00a_threads.ipynb #threads-for
 SMALL = 5_000_000  # parameters

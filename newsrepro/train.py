@@ -32,8 +32,10 @@ from torchvision.transforms import Compose, Normalize
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, resized_crop
 from tqdm import tqdm
 
-from .data import InputError, atomic_path, open_image
-from .embed import Backbone, preprocessing, tokenizer
+from .checkpoints import Backbone
+from .core import InputError, atomic_path
+from .data import open_image
+from .embed import preprocessing, tokenizer
 from .threads import threads_for
 
 # %% ../nbs/07_train.ipynb #contrastive-loss

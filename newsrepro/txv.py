@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
 
-from .data import Collection, InputError, atomic_path, random_split, read_collection
-from .embed import Encoder, EmbeddingStore, FeatureEncoder, embed
+from .core import InputError, atomic_path
+from .data import Collection, random_split, read_collection
+from .embed import EmbeddingStore, Encoder, FeatureEncoder, embed
 from .metrics import measure
 from .retrieve import as_unit_rows
 from .study import mini_root

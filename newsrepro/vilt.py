@@ -15,9 +15,10 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from .data import InputError, chronological_split, open_image
+from .core import InputError
+from .data import chronological_split, open_image
 from .heat_maps import Panel, heat_map, word_span
-from .match import MatchRecipe, together, pad_pictures, pad_texts
+from .match import MatchRecipe, pad_pictures, pad_texts, together
 from .single_stream import Matcher, encode_pairs, load_picture
 
 # %% ../nbs/10_vilt.ipynb #presets

@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 from .cleaning import tag_emoji
-from .data import InputError, open_image
+from .core import InputError
+from .data import open_image
 from .embed import Encoder
 from .fine_tune import Pool, fine_tune, label, search
 from .metrics import measure, rank_of_truth, reciprocal_rank

@@ -11,8 +11,10 @@ import regex
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from newsrepro import cleaning
-from newsrepro.cleaning import KINDS, PAPER_ORDER, PRESETS, SENSIBLE_ORDER, SLANG, STEPS, TWEET_STEPS, clean, clean_all, parse_steps
-from newsrepro.data import InputError, read_collection
+from newsrepro.cleaning import (KINDS, PAPER_ORDER, PRESETS, SENSIBLE_ORDER, SLANG, STEPS, TWEET_STEPS, clean,
+                                clean_all, parse_steps)
+from newsrepro.core import InputError
+from newsrepro.data import read_collection
 
 
 FAMILY, SKIN, FLAG, KEYCAP, ENGLAND, RAINBOW = '👨‍👩‍👧‍👦', '👍🏽', '🇩🇪', '1️⃣', '🏴󠁧󠁢󠁥󠁮󠁧󠁿', '🏳️‍🌈'

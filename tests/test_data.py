@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 import ftfy  # registers the codec sloppy-windows-1252
 from PIL import Image
 
-from newsrepro.data import (InputError, ZHANG_SAMPLE, atomic_path, check_data, chronological_split, open_image, parse_dates, random_split, read_collection,
-    read_table, repair_mojibake, sample_pairs)
+from newsrepro.core import InputError, atomic_path
+from newsrepro.data import (ZHANG_SAMPLE, check_data, chronological_split, open_image, parse_dates,
+                            random_split, read_collection, read_table, repair_mojibake, sample_pairs)
 
 pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
 OFFICIAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'newsimages2021'

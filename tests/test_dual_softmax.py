@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from newsrepro.data import InputError
-from newsrepro.dual_softmax import CORRECTIONS, TEMPERATURES, Case, Matched, choose_temperature, column_ranks, marked, with_distractors, without_images
+from newsrepro.core import InputError
+from newsrepro.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, Matched, choose_temperature,
+                                    column_ranks, marked, with_distractors, without_images)
 from newsrepro.metrics import rank_of_truth
 from newsrepro.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from newsrepro.embed import JIT_EXTRAS, PAPER_BACKBONES, MissingCheckpoint, build_model, encode, find_backbone, hub_repository, load_encoder, openai_file
+from newsrepro.checkpoints import PAPER_BACKBONES, MissingCheckpoint, find_backbone
+from newsrepro.embed import JIT_EXTRAS, build_model, encode, load_encoder
 
 TEXTS = ['A red car waits in front of the town hall', 'Überschwemmung: 300 Häuser evakuiert', 'breaking 🔥 #news', 'word ' * 200]
 SMALL = ('RN50', 'ViT-B/32')
@@ -51,7 +52,7 @@ def as_torchscript(model, path):
 
 def as_hub_cache(model, backbone, root):
     "What huggingface_hub keeps: blobs, and a snapshot of links to them."
-    folder = root/f"models--{hub_repository(backbone).replace('/', '--')}"
+    folder = root/f"models--{backbone.repository.replace('/', '--')}"
     snapshot, blob = folder/'snapshots'/('0'*40), folder/'blobs'/('1'*64)
     snapshot.mkdir(parents=True), blob.parent.mkdir()
     save_file({key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}, blob)
@@ -87,14 +88,14 @@ def test_true_architecture(name, tmp_path, pictures, monkeypatch):
     agree(load_encoder(backbone), pictures, images, texts)
     shutil.rmtree(tmp_path/'hub')
 
-    if not openai_file(backbone): return
+    if not backbone.file: return
     (tmp_path/'weights').mkdir()
-    as_torchscript(model, tmp_path/'weights'/openai_file(backbone))
+    as_torchscript(model, tmp_path/'weights'/backbone.file)
     del model
     encoder = load_encoder(backbone, tmp_path/'weights')
     agree(encoder, pictures, images, texts)
     del encoder
-    own = open_clip.load_openai_model(str(tmp_path/'weights'/openai_file(backbone)), precision='fp32', device='cpu')
+    own = open_clip.load_openai_model(str(tmp_path/'weights'/backbone.file), precision='fp32', device='cpu')
     again = reference(own, backbone.model + '-quickgelu', pictures)
     assert np.abs(again[0] - images).max() < 1e-4 and np.abs(again[1] - texts).max() < 1e-4
 

@@ -22,8 +22,10 @@ import pytest
 import trustme
 from PIL import Image
 
-from newsrepro.data import InputError, check_data, read_collection
-from newsrepro.fetch import JOURNAL, LOCK, OUTCOMES, REPORT, FetchSettings, PublicBackend, fetch_images, read_report
+from newsrepro.core import InputError
+from newsrepro.data import check_data, read_collection
+from newsrepro.fetch import (JOURNAL, LOCK, OUTCOMES, REPORT, FetchSettings, PublicBackend, fetch_images,
+                             read_report)
 
 QUICK = dict(timeout=1, deadline=3, retries=1, max_wait=2, allow_private=True, max_bytes=2**20)
 PUBLIC = '93.184.215.14'

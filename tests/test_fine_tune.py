@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 
 from newsrepro import fine_tune as module
-from newsrepro.data import InputError
-from newsrepro.embed import MissingCheckpoint, build_model, encode_batch, find_backbone, load_encoder, preprocessing
-from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out, load_fine_tuned, make_recipe,
-                                 model_key, news_texts, save_fine_tuned)
+from newsrepro.checkpoints import MissingCheckpoint, find_backbone
+from newsrepro.core import InputError
+from newsrepro.embed import build_model, encode_batch, load_encoder, preprocessing
+from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out,
+                                 load_fine_tuned, make_recipe, model_key, news_texts, save_fine_tuned)
 from newsrepro.train import PUBMEDCLIP, Pairs, Recipe, prune
 
 ENTRY = find_backbone('ViT-B/32', 'mini')
 MAKE = '''
 import torch
-from newsrepro.embed import find_backbone, load_encoder
+from newsrepro.checkpoints import find_backbone
+from newsrepro.embed import load_encoder
 from newsrepro.fine_tune import fine_tune
 from newsrepro.train import Pairs, Recipe
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw
 
-from newsrepro.data import InputError
-from newsrepro.heat_maps import (RED, Panel, cosine_cost, draw_figure, draw_pair, heat_map, overlay, transport_cost, transport_plan,
-                                 word_map, wrap)
+from newsrepro.core import InputError
+from newsrepro.heat_maps import (RED, Panel, cosine_cost, draw_figure, draw_pair, heat_map, overlay,
+                                 transport_cost, transport_plan, word_map, wrap)
 
 TRAINING, DRAWING = dict(beta=.5, iterations=50), dict(beta=.1, iterations=1000)
 KINDS = {'random': lambda n, m, r: 2*torch.rand(1, n, m, generator=r, dtype=torch.float64),

@@ -10,8 +10,9 @@ import sys
 import pytest
 from PIL import Image
 
-from newsrepro.data import InputError, read_collection
-from newsrepro.mini import World, captioned, make_mini, caption_texts, news, thing_names
+from newsrepro.core import InputError
+from newsrepro.data import read_collection
+from newsrepro.mini import World, caption_texts, captioned, make_mini, news, thing_names
 from newsrepro.mini_pictures import world_table
 
 SMALL = World(portal=(60, 30), rss=(40, 30), rt=(40, 30), tw=(60, 30), captions=120)

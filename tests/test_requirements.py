@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.study import NOTEBOOKS
+from newsrepro.registry import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {notebook.name for notebook in NOTEBOOKS}

@@ -4,7 +4,7 @@ import pytest
 import ranx
 import torch
 
-from newsrepro.data import InputError
+from newsrepro.core import InputError
 from newsrepro.one_to_one import assign, dual_softmax, dual_softmax_top_k, dual_softmax_top_k_of, fuse
 from newsrepro.retrieve import from_keys, ranked_lists, to_keys, top_k
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from newsrepro.data import InputError
+from newsrepro.core import InputError
 from newsrepro.metrics import MEASURES
-from newsrepro.runs import compare_files, deobfuscate, evaluate_files, obfuscate, read_run, read_truth, write_run
+from newsrepro.runs import (compare_files, deobfuscate, evaluate_files, obfuscate, read_run, read_truth,
+                            write_run)
 
 steady = settings(deadline=None, derandomize=True)
 OFFICIAL = Path(__file__).resolve().parents[2] / 'shared/data/newsimages2021'

@@ -77,7 +77,7 @@ def test_notebook_form(path):
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if re.match(r'1\d_', p.name)], ids=lambda p: p.stem)
 def test_method_notebook_declares_the_core_parameters(path):
-    from newsrepro.study import CORE, notebook_parameters
+    from newsrepro.registry import CORE, notebook_parameters
     parameters = notebook_parameters(path)
     assert set(CORE) <= set(parameters)
     assert [name for name, parameter in parameters.items() if not parameter.help] == []

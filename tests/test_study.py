@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.study import NOTEBOOKS, mini_root, published_table
+from newsrepro.registry import NOTEBOOKS
+from newsrepro.study import mini_root, published_table
 
 NEWSREPRO = Path(sys.executable).with_name('newsrepro')
 

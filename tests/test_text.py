@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from transformers import MarianConfig, MarianMTModel
 
 from newsrepro import text as text_module
-from newsrepro.data import InputError, read_collection
-from newsrepro.text import (TRANSLATORS, TranslationMemory, detect_languages, find_model, find_translator, load_marian, paragraphs, select,
-                            sentences, translate_batches, windows)
+from newsrepro.checkpoints import TRANSLATORS, find_model
+from newsrepro.core import InputError
+from newsrepro.data import read_collection
+from newsrepro.text import (TranslationMemory, detect_languages, find_translator, load_marian, paragraphs,
+                            select, sentences, translate_batches, windows)
 
 GERMAN = ['Warum?', 'Die Bahn kommt.', 'Ein Bär!', 'Der Rhein tritt über die Ufer.', 'Die Feuerwehr rettet einen Hund aus dem Fluss.', 'Köln baut eine neue Brücke über den Rhein, sagt die Stadt.',
           'Am Montag fällt der Unterricht aus.', 'Die Bahn streicht Züge.', 'Ein Bär läuft durch den Wald.', 'Das Spiel endet ohne Tore.']

@@ -14,10 +14,12 @@ from open_clip.transformer import PatchDropout
 from tqdm import tqdm
 
 import newsrepro.train as training
-from newsrepro.data import InputError
-from newsrepro.embed import build_model, find_backbone
+from newsrepro.checkpoints import find_backbone
+from newsrepro.core import InputError
+from newsrepro.embed import build_model
 from newsrepro.threads import at_once
-from newsrepro.train import Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short, join_ranks, normaliser, set_modes, train, twins
+from newsrepro.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short,
+                             join_ranks, normaliser, set_modes, train, twins)
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)

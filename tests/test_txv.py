@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from newsrepro.data import InputError
+from newsrepro.core import InputError
 from newsrepro.retrieve import top_k
-from newsrepro.txv import TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix, recall_sum, train_txv, trained_txv
+from newsrepro.txv import (TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix, recall_sum,
+                           train_txv, trained_txv)
 
 
 def pairs(n, seed, dims=((12,), (10,)), noise=.3):

@@ -4,11 +4,13 @@ import open_clip
 import pytest
 import torch
 
-from newsrepro.data import InputError
-from newsrepro.embed import build_model, find_backbone, load_encoder
+from newsrepro.checkpoints import find_backbone
+from newsrepro.core import InputError
+from newsrepro.embed import build_model, load_encoder
 from newsrepro.fine_tune import Pool
 from newsrepro.metrics import measure
-from newsrepro.wise_ft import ALPHAS, RECIPES, cases, choose_alpha, interpolate, rank_changes, soup, state_of, sweep, with_weights
+from newsrepro.wise_ft import (ALPHAS, RECIPES, cases, choose_alpha, interpolate, rank_changes, soup,
+                               state_of, sweep, with_weights)
 
 
 def same_bits(one, other): return one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
