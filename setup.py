@@ -13,12 +13,15 @@ cfg = cfg['DEFAULT']
 
 
 class BuildWithNotebooks(build_py):
-    "A wheel has no `nbs` folder beside the package, so it carries the notebooks that `newsrepro reproduce` runs."
+    "A wheel has no clone around it, so it carries the notebooks that `newsrepro reproduce` runs and the tables it verifies against."
     def run(self):
         super().run()
-        target = Path(self.build_lib)/cfg['lib_name']/'notebooks'
-        target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted((root/cfg['nbs_path']).glob('[0-9]*.ipynb')): copy2(notebook, target)
+        package, reference = Path(self.build_lib)/cfg['lib_name'], root/'reports'/'reference'
+        carried = {'notebooks': sorted((root/cfg['nbs_path']).glob('[0-9]*.ipynb')), 'reference': [reference/'manifest.json'],
+                   'reference/tables': sorted((reference/'tables').glob('*.csv'))}
+        for folder, files in carried.items():
+            (package/folder).mkdir(parents=True, exist_ok=True)
+            for file in files: copy2(file, package/folder)
 
 
 setup(
@@ -36,7 +39,7 @@ setup(
                  'License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
     python_requires='>=' + cfg['min_python'],
     packages=[cfg['lib_path']],
-    package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_world.json', 'mini_checkpoints/*', 'mini_checkpoints/*/*', 'templates/*']},
+    package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_world.json', 'mini_collections.md', 'mini_checkpoints/*', 'mini_checkpoints/*/*', 'templates/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'features')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'Truth', 'Pool', 'Short', 'fail', 'run', 'main', 'console', 'print_json', 'simple_table', 'newsrepro',
-           'reproduce', 'print_notebook', 'list_notebooks', 'check_data', 'fetch_progress', 'print_fetched',
-           'fetch_images', 'evaluate', 'compare']
+           'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data',
+           'fetch_progress', 'print_fetched', 'fetch_images', 'evaluate', 'compare']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]  # without the name of the program
     try: code = app(list(arguments), prog_name='newsrepro', standalone_mode=False) or 0
     except _UsageError as error: return fail(f'{error.format_message()} See `newsrepro --help`.', 2)
     except ValueError as error:
-        from newsrepro.data import InputError  # not sooner: it brings pandas, which `--help` can do without
+        from newsrepro.core import InputError
         if not isinstance(error, InputError): raise
         return fail(error, 2)
     except BrokenPipeError: raise
@@ -40,6 +40,7 @@ def run(arguments: Sequence[str]  # without the name of the program
 
 def main() -> None:
     "The console script `newsrepro`."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')  # a character the terminal lacks ends no study
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -55,7 +56,8 @@ def console():
     return Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() or 'COLUMNS' in os.environ else 160)
 
 def print_json(value: Mapping) -> None:
-    "One JSON object on stdout."
+    "One JSON object on stdout, in UTF-8 whatever the terminal's encoding."
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(encoding='utf-8')
     print(json.dumps(value, ensure_ascii=False))
 
 def simple_table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()):
@@ -67,6 +69,8 @@ def simple_table(head: Sequence[str], rows: Sequence[Sequence[object]], right: S
     for name in head: table.add_column(name, justify='right' if name in right else 'left', overflow='fold')
     for row in rows: table.add_row(*(Text(str(cell)) for cell in row))
     return table
+
+JSON = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
 
 # %% ../nbs/30_cli.ipynb #callback
 def _version(wanted: bool) -> None:
@@ -93,10 +97,45 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(metavar='DIR', help='Where results go.', show_default='reports/PROFILE')] = None,
     weights: Annotated[str, typer.Option(metavar='DIR', help='Look for checkpoints here first.')] = '',
     force: Annotated[bool, typer.Option('--force', help='Run what is up to date, too.')] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Say what would be run, what it needs and about how long it takes, and stop.')] = False,
+    as_json: Annotated[bool, typer.Option('--json', help='With --dry-run: print one JSON object.')] = False,
 ) -> int:
     "Run the notebooks of the study and write the report; what is up to date is skipped, what was interrupted resumes."
+    if as_json and not dry_run: raise typer.BadParameter('--json goes with --dry-run')
+    from newsrepro.needs import as_json as plan_json
     from newsrepro.reproduce import reproduce
-    return reproduce(profile, data, device, weights, only or (), sets or (), out, jobs, force)
+    told = (lambda needs: print_json(plan_json(needs))) if as_json else None
+    return reproduce(profile, data, device, weights, only or (), sets or (), out, jobs, force, dry_run, told=told)
+
+# %% ../nbs/30_cli.ipynb #verify
+def print_verified(found: Mapping) -> None:  # of `newsrepro.verify.verify`
+    "Print the verdicts by table, the largest differences, and what may explain them."
+    from newsrepro.verify import VERDICTS, summary_line
+    target, number = console(), lambda value: '' if value is None else f'{value:.6g}'
+    target.print(simple_table(['table', *VERDICTS], [[name, *(counts[v] for v in VERDICTS)] for name, counts in found['tables'].items()], right=VERDICTS))
+    if found['worst']:
+        rows = [[one['table'], one['row'], one['verdict'], number(one['reference']), number(one['value'])] for one in found['worst']]
+        target.print(simple_table(['table', 'row', 'verdict', 'reference', 'here'], rows, right=['reference', 'here']))
+    for name, facts in found['settings'].items():
+        for what, (here, there) in facts.items(): target.print(f'{name}: made with {what} {here}, the reference with {there}', markup=False, soft_wrap=True)
+    for what, (here, there) in found['versions'].items(): target.print(f'{what} {here}, in the reference {there}', markup=False, soft_wrap=True)
+    if marks := found['checkpoints']: target.print(f'{len(marks)} runs with other checkpoints, the first: {next(iter(marks))}', markup=False, soft_wrap=True)
+    if found['not_run']: target.print(f"not run here: {', '.join(found['not_run'])}", markup=False, soft_wrap=True)
+    target.print(summary_line(found, {'published': 'published'}.get(found['against'], found['against'])), markup=False, soft_wrap=True)
+
+@app.command()
+def verify(
+    folder: Annotated[Path | None, typer.Argument(metavar='[DIR]', help='The report to verify.', show_default='reports/PROFILE')] = None,
+    against: Annotated[Path | None, typer.Option(metavar='DIR', help='Another report.', show_default='the shipped one; for the paper profile, the published numbers')] = None,
+    profile: Annotated[str, typer.Option(help='Whose last run to verify where no DIR is given: mini or paper.')] = 'mini',
+    as_json: JSON = False,
+) -> int:
+    "Hold each number of a report against a reference: identical, close or different. Exit code 1 where one differs or is missing."
+    from newsrepro.reproduce import check_profile, report_folder
+    from newsrepro.verify import is_verified, verify
+    found = verify(folder or report_folder(check_profile(profile)), against)
+    print_json(found) if as_json else print_verified(found)
+    return int(not is_verified(found))
 
 # %% ../nbs/30_cli.ipynb #list-notebooks
 def print_notebook(notebook: Mapping,  # of `overview`
@@ -109,8 +148,6 @@ def print_notebook(notebook: Mapping,  # of `overview`
         if notebook[kind]: target.print(Text(f"  {kind.replace('after', 'reads')}: {', '.join(notebook[kind])}"))
     rows = [[p['name'], p['kind'], repr(p['default']) if p['kind'] == 'str' else p['default'], p['help']] for p in notebook['parameters']]
     target.print(simple_table(['parameter', 'type', 'default', 'meaning'], rows))
-
-JSON = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
 
 @app.command('list')
 def list_notebooks(
@@ -127,6 +164,15 @@ def list_notebooks(
     target.print(f"results in {found['out']}", soft_wrap=True, markup=False)
 
 # %% ../nbs/30_cli.ipynb #check-data
+def count_rows(splits: Mapping[str, Mapping]  # of `newsrepro.data.check_data`
+              ) -> list[tuple[str, str, dict[str, int]]]:  # set, part, counts by name
+    "One row a set and part, and one for all sets of a part where there are several."
+    rows = []
+    for part, counts in splits.items():
+        for dataset, own in [*counts.get('datasets', {}).items(), ('all', counts)]:
+            rows.append((dataset, part, {name.replace('_', ' '): n for name, n in own.items() if name != 'datasets'}))
+    return rows
+
 @app.command('check-data')
 def check_data(
     folder: Annotated[Path, typer.Argument(metavar='DIR', help='Folder of a collection.')],
@@ -138,9 +184,8 @@ def check_data(
     if as_json: return print_json(found)
     target = console()
     target.print(f"{folder}: layout {found['layout']}", markup=False, soft_wrap=True)
-    counts = list(dict.fromkeys(name for split in found['splits'].values() for name in split))
-    rows = [[name.replace('_', ' '), *(split.get(name, '') for split in found['splits'].values())] for name in counts]
-    target.print(simple_table(['', *found['splits']], rows, right=list(found['splits'])))
+    rows = count_rows(found['splits'])
+    target.print(simple_table(['set', 'part', *rows[0][2]], [[dataset, part, *counts.values()] for dataset, part, counts in rows], right=list(rows[0][2])))
     for problem in found['problems']: target.print(f'- {problem}', markup=False, soft_wrap=True)
     if not found['problems']: target.print('no problems')
 

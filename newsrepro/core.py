@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'MINI_DIR', 'InputError', 'atomic_path', 'read_json', 'write_json', 'file_digest', 'clone_root',
-           'notebooks_dir', 'cache_dir', 'source_commit', 'package_version']
+           'notebooks_dir', 'reference_dir', 'cache_dir', 'source_commit', 'package_version']
 
 # %% ../nbs/00_core.ipynb #imports
 import hashlib, json, os, shutil, subprocess, uuid
@@ -70,6 +70,10 @@ def clone_root(package: Path = PACKAGE  # folder of the installed package
 def notebooks_dir(package: Path = PACKAGE) -> Path:
     "Where the notebooks lie: `nbs` in a clone, package data otherwise."
     return root/'nbs' if (root := clone_root(package)) else package/'notebooks'
+
+def reference_dir(package: Path = PACKAGE) -> Path:
+    "The report that runs of the mini study are held against: `reports/reference` in a clone, package data otherwise."
+    return root/'reports'/'reference' if (root := clone_root(package)) else package/'reference'
 
 def cache_dir(package: Path = PACKAGE) -> Path:
     "Where mini collections and embeddings are kept between runs."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'PAPERS', 'STUDY_TABLES', 'STUDY_FIGURES', 'PAPER_LAYOUT', 'KINDS', 'PROFILES', 'CORE', 'Notebook',
-           'notebook_named', 'Parameter', 'parse_parameters', 'notebook_parameters', 'check_value', 'check_device',
-           'resolve_device', 'command_line']
+           'published_numbers', 'published_table', 'notebook_named', 'Parameter', 'parse_parameters',
+           'notebook_parameters', 'read_numbers', 'check_value', 'check_device', 'resolve_device', 'command_line']
 
 # %% ../nbs/06_registry.ipynb #imports
-import ast, io, json, re, tokenize
+import ast, csv, io, json, math, re, shlex, tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .core import InputError
+from .core import PACKAGE, InputError
 
 # %% ../nbs/06_registry.ipynb #notebook-registry
 @dataclass(frozen=True)
@@ -28,27 +28,34 @@ class Notebook:
     tables: tuple[str, ...]  # tables it writes, without ending
     figures: tuple[str, ...] = ()  # figures it writes, without ending
     after: tuple[str, ...] = ()  # notebooks whose results it reads
+    models: tuple[tuple[str, str], ...] = ()  # parameters that name models, each with the kind: clip, vilt, vit, marian or encoder
 
 NOTEBOOKS = (
     Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
              tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank', 'liang2021-extra-sizes'),
-             figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training', 'liang2021-extra-sizes')),
+             figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training', 'liang2021-extra-sizes'),
+             models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'), ('translator', 'marian'))),
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
              tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3', 'zhang2022-extra-official-test',
                      'zhang2022-extra-selection', 'zhang2022-extra-token-loss'),
-             figures=('zhang2022-extra-quality-parameters', 'zhang2022-extra-quality-time')),
+             figures=('zhang2022-extra-quality-parameters', 'zhang2022-extra-quality-time'),
+             models=(('backbones', 'clip'), ('selection_backbone', 'clip'), ('translator', 'marian'))),
     Notebook('12_fine_tune', 'vu2022', 'CLIP fine-tuned on titles and first sentences (Vu et al. 2022)',
-             tables=('vu2022-table-1', 'vu2022-table-2', 'vu2022-extra-gain', 'vu2022-extra-parts'), figures=('vu2022-extra-training',)),
+             tables=('vu2022-table-1', 'vu2022-table-2', 'vu2022-extra-gain', 'vu2022-extra-parts'), figures=('vu2022-extra-training',),
+             models=(('backbone', 'clip'), ('translator', 'marian'))),
     Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-FT (Fukatsu & Aono 2022)',
              tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3', 'fukatsu2022-table-4',
                      'fukatsu2022-extra-alpha', 'fukatsu2022-extra-seeds', 'fukatsu2022-extra-splits', 'fukatsu2022-extra-options'),
-             figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3', 'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training')),
+             figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3', 'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
+             models=(('backbone', 'clip'), ('translator', 'marian'))),
     Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
-             tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',)),
+             tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
+             models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'), ('extra_image', 'encoder'), ('translator', 'marian'))),
     Notebook('15_dual_softmax', 'galanopoulos2022', 'Dual softmax and one-to-one matching (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-table-1a', 'galanopoulos2022-table-1b', 'galanopoulos2022-extra-tests', 'galanopoulos2022-extra-pool', 'galanopoulos2022-extra-broken',
                      'galanopoulos2022-extra-fusion'),
-             figures=('galanopoulos2022-extra-temperature',), after=('14_txv',)),
+             figures=('galanopoulos2022-extra-temperature',), after=('14_txv',),
+             models=(('backbone', 'clip'), ('second', 'clip'), ('translator', 'marian'))),
 )
 
 # %% ../nbs/06_registry.ipynb #papers
@@ -67,6 +74,23 @@ STUDY_FIGURES = ('liang2021-figure-1', 'liang2021-figure-2', 'fukatsu2022-figure
 # %% ../nbs/06_registry.ipynb #paper-layout
 PAPER_LAYOUT = MappingProxyType({paper: 'newsimages2021' if paper == 'liang2021' else 'newsimages2022' for paper in PAPERS})
 
+# %% ../nbs/06_registry.ipynb #published
+@cache
+def published_numbers() -> Mapping[str, Mapping[tuple[str, str, str, str], float]]:  # table -> (dataset, split, run, metric) -> value
+    "Every number of the papers' tables, fractions in [0, 1] where the unit allows it."
+    tables = {}
+    with (PACKAGE/'published.csv').open(encoding='utf-8', newline='') as file:
+        for row in csv.DictReader(file):
+            name, value = f"{row['paper']}-table-{row['table'].replace('.', '').lower()}", float(row['value'])
+            key = row['dataset'], row['split'], row['run'], row['metric']
+            tables.setdefault(name, {})[key] = value/100 if row['unit'] == 'percent' else value
+    return MappingProxyType(tables)
+
+def published_table(name: str  # e.g. 'zhang2022-table-2'
+                   ) -> Mapping[tuple[str, str, str, str], float]:  # (dataset, split, run, metric) -> value
+    "The published numbers of one table; empty for a table that no paper has."
+    return published_numbers().get(name, {})
+
 # %% ../nbs/06_registry.ipynb #notebook-named
 @cache
 def notebook_named(name: str) -> Notebook:
@@ -76,13 +100,22 @@ def notebook_named(name: str) -> Notebook:
     raise InputError(f"no notebook {name!r}; there are {', '.join(n.name for n in NOTEBOOKS)}")
 
 # %% ../nbs/06_registry.ipynb #parameter
+_RANGE = re.compile(r'\bin ([\[(])(-?[\d.]+), (-?[\d.]+|inf)([\])])$')
+_CHOICE = re.compile(r'\bone of ([\w, -]+)$')
+
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of a notebook."
     name: str
     kind: str  # 'str', 'int', 'float' or 'bool'
     default: Any
-    help: str
+    help: str  # its comment
+
+    def allows(self, number: float) -> bool:
+        "Whether `number` lies in the range that the comment states."
+        left, low, high, right = _RANGE.search(self.help).groups()
+        above, below = (number >= float(low) if left == '[' else number > float(low)), (number <= float(high) if right == ']' else number < float(high))
+        return math.isfinite(number) and above and below
 
 def parse_parameters(source: str  # source of the cell tagged `parameters`
                     ) -> dict[str, Parameter]:
@@ -109,13 +142,31 @@ def notebook_parameters(path: Path  # a notebook
 # %% ../nbs/06_registry.ipynb #check-value
 KINDS = MappingProxyType({'str': str, 'int': int, 'float': float, 'bool': bool})
 
+def read_numbers(text: str,  # numbers separated by commas
+                 kind: type = float) -> list:
+    "The numbers, ascending; raises `ValueError` for anything else."
+    found = [kind(part) for part in text.split(',') if part.strip()]
+    if sorted(set(found)) != found: raise ValueError(text)
+    return found
+
+def _fits(parameter: Parameter, value: Any) -> bool:
+    if choice := _CHOICE.search(parameter.help): return value in choice[1].split(', ')
+    if not _RANGE.search(parameter.help): return True
+    if parameter.kind != 'str': return parameter.allows(value)
+    whole = all('.' not in part for part in str(parameter.default).split(','))
+    try: return all(map(parameter.allows, read_numbers(value, int if whole else float)))
+    except ValueError: return False
+
 def check_value(notebook: str,  # named in the message
                 parameter: Parameter, value: Any) -> Any:
-    "`value` if it has the type of `parameter`, else `InputError`."
+    "`value` if it has the type of `parameter` and is among what its comment allows, else `InputError`."
     kind = KINDS[parameter.kind]
-    if kind is float and type(value) is int: return float(value)
-    if type(value) is kind: return value
-    raise InputError(f'{notebook}.{parameter.name}={value!r}: expected {parameter.kind}, for instance {parameter.default!r}')
+    if kind is float and type(value) is int: value = float(value)
+    if type(value) is not kind: raise InputError(f'{notebook}.{parameter.name}={value!r}: expected {parameter.kind}, for instance {parameter.default!r}')
+    if _fits(parameter, value): return value
+    wanted = (_CHOICE.search(parameter.help) or _RANGE.search(parameter.help))[0]
+    numbers = ', ascending and separated by commas' if parameter.kind == 'str' and wanted.startswith('in ') else ''
+    raise InputError(f"{notebook}.{parameter.name}={value!r}: must be {'numbers '*bool(numbers)}{wanted}{numbers}")
 
 # %% ../nbs/06_registry.ipynb #profiles
 PROFILES = ('mini', 'paper')
@@ -136,10 +187,12 @@ def resolve_device(device: str) -> str:
     return device
 
 # %% ../nbs/06_registry.ipynb #command-line
-def command_line(notebook: Notebook, declared: Mapping[str, Parameter], values: Mapping[str, Any]) -> str:
-    "The `newsrepro reproduce` line that runs `notebook` with `values`."
+def command_line(notebook: Notebook, declared: Mapping[str, Parameter],
+                 values: Mapping[str, Any]  # as run
+                ) -> str:
+    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into a shell."
     changed = {name: value for name, value in values.items() if name != 'out_dir' and value != declared[name].default}
-    words = ['newsrepro reproduce', '--only', notebook.name]
+    words = ['newsrepro', 'reproduce', '--only', notebook.name]
     for name in ('profile', 'data', 'device', 'weights'):
-        if name in changed: words += [f'--{name}', Path(changed.pop(name)).name if name in ('data', 'weights') else changed.pop(name)]
-    return ' '.join(words + [f'--set {notebook.name}.{name}={value}' for name, value in changed.items()])
+        if name in changed: words += [f'--{name}', str(changed.pop(name))]
+    return shlex.join([*words, *(word for name, value in changed.items() for word in ('--set', f'{notebook.name}.{name}={value}'))])

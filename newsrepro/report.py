@@ -10,6 +10,7 @@ __all__ = ['markdown_html', 'csv_html', 'table_part', 'figure_part', 'paper_part
 import base64, csv, html, io, json, re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -17,6 +18,7 @@ from markupsafe import Markup
 
 from .core import PACKAGE, atomic_path
 from .registry import NOTEBOOKS, PAPERS, STUDY_TABLES, Notebook
+from .verify import summary_line
 
 # %% ../nbs/20_report.ipynb #markdown-html
 def markdown_html(text: str) -> Markup:
@@ -33,13 +35,14 @@ def csv_html(path: Path) -> Markup:
     body = ''.join(line('td', row) for row in rows)
     return Markup(f'<div class="wide" tabindex="0" role="region" aria-label="Table"><table><thead>{line("th scope=col", head)}</thead><tbody>{body}</tbody></table></div>')
 
-def table_part(out: Path, name: str, entry: Mapping  # of the manifest
+def table_part(out: Path, name: str, entry: Mapping,  # of the manifest
+               verdict: str = ''  # how its numbers compare with the reference
               ) -> dict:  # what the template shows
-    "One table: body, CSV link, and its command unless the Markdown ends with it."
+    "One table: body, verdict, CSV link, and its command unless the Markdown ends with it."
     markdown = out/'tables'/f'{name}.md'
     text = markdown.read_text(encoding='utf-8') if markdown.is_file() else ''
     body = markdown_html(text.removeprefix(f'**{name}.**')) if text else csv_html(out/'tables'/f'{name}.csv')
-    return dict(name=name, body=body, csv=f'tables/{name}.csv', command='' if 'newsrepro reproduce' in text else entry['command'],
+    return dict(name=name, body=body, verdict=verdict, csv=f'tables/{name}.csv', command='' if 'newsrepro reproduce' in text else entry['command'],
                 scaled_down=entry['parameters'].get('profile') != 'paper')
 
 # %% ../nbs/20_report.ipynb #figure-part
@@ -56,12 +59,14 @@ def figure_part(out: Path, name: str, entry: Mapping) -> dict:
                 svg=f'figures/{name}.svg' if drawn else '', scaled_down=entry['parameters'].get('profile') != 'paper')
 
 # %% ../nbs/20_report.ipynb #paper-parts
-def paper_parts(out: Path, entries: Mapping[str, Mapping], notebooks: Sequence[Notebook]) -> list[dict]:
+def paper_parts(out: Path, entries: Mapping[str, Mapping], notebooks: Sequence[Notebook],
+                verdicts: Mapping[str, str] = MappingProxyType({})  # by table
+               ) -> list[dict]:
     "For each paper with a result: its tables and figures."
     papers = {}
     for notebook in (n for n in notebooks if n.name in entries):
         part, entry = papers.setdefault(notebook.paper, dict(tables=[], figures=[])), entries[notebook.name]
-        part['tables'] += [table_part(out, name, entry) for name in notebook.tables if (out/'tables'/f'{name}.csv').is_file()]
+        part['tables'] += [table_part(out, name, entry, verdicts.get(name, '')) for name in notebook.tables if (out/'tables'/f'{name}.csv').is_file()]
         part['figures'] += [figure_part(out, name, entry) for name in notebook.figures if (out/'figures'/f'{name}.png').is_file()]
     return [dict(key=key, title=PAPERS.get(key, key), **part) for key, part in papers.items()]
 
@@ -84,22 +89,28 @@ def provenance_parts(manifest: Mapping) -> dict[str, dict[str, str]]:
                                        for name, entry in manifest.get('notebooks', {}).items()}
 
 # %% ../nbs/20_report.ipynb #render
-def render(out: Path, manifest: Mapping, notebooks: Sequence[Notebook]) -> str:
+def render(out: Path, manifest: Mapping, notebooks: Sequence[Notebook],
+           verified: Mapping | None = None  # of `newsrepro.verify.verify`
+          ) -> str:
     "The page as HTML."
+    against = '' if not verified else verified['against'] if verified['against'] == 'published' else 'shipped'
+    verdicts = {name: summary_line(counts, against) for name, counts in verified['tables'].items() if any(counts.values())} if verified else {}
     environment = Environment(loader=FileSystemLoader(PACKAGE/'templates'), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     entries = manifest.get('notebooks', {})
-    papers = paper_parts(out, entries, notebooks)
+    papers = paper_parts(out, entries, notebooks, verdicts)
     return environment.get_template('report.html').render(
-        manifest=dict(profile='', data='', commit='', newsrepro='') | dict(manifest, notebooks=entries), papers=papers, pending=pending_tables(papers, notebooks), provenance=provenance_parts(manifest),
+        manifest=dict(profile='', data='', commit='', newsrepro='') | dict(manifest, notebooks=entries), papers=papers, verdict=summary_line(verified, against) if verified else '', pending=pending_tables(papers, notebooks), provenance=provenance_parts(manifest),
         failed=[n.name for n in notebooks if n.name in entries and (out/'.state'/'failed'/f'{n.name}.json').is_file()],
         scaled_down=any(entry['parameters'].get('profile') != 'paper' for entry in entries.values()))
 
 # %% ../nbs/20_report.ipynb #write-report
 def write_report(out: Path,  # folder of a finished study
-                 notebooks: Sequence[Notebook] = NOTEBOOKS) -> Path:
+                 notebooks: Sequence[Notebook] = NOTEBOOKS,
+                 verified: Mapping | None = None  # of `newsrepro.verify.verify`; None = held against nothing
+                ) -> Path:
     "Write `index.html` from the tables, figures and manifest in `out`; a page that would say the same is left alone."
     target, manifest = out/'index.html', out/'manifest.json'
-    page = render(out, json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}, notebooks)
+    page = render(out, json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}, notebooks, verified)
     if not target.is_file() or target.read_text(encoding='utf-8') != page:
         with atomic_path(target) as part: part.write_text(page, encoding='utf-8')
     return target

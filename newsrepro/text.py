@@ -20,7 +20,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from .checkpoints import MARIAN_FILES, TRANSLATORS, find_model
+from .checkpoints import MARIAN_FILES, find_model, model_name
 from .core import InputError, atomic_path, file_digest
 from .data import read_table
 
@@ -216,7 +216,7 @@ def find_translator(name: str,  # 'profile', 'provided', 'none', a table of tran
     if name in ('provided', 'none'): return None
     if Path(name).is_file(): return TableTranslator(Path(name))
     if Path(name).suffix in ('.csv', '.tsv', '.parquet'): raise InputError(f'translator {name!r}: no such file')
-    name = TRANSLATORS[profile] if name == 'profile' else name
+    name = model_name('marian', name, profile)
     return MarianTranslator(Path(name).name if Path(name).is_dir() else name, find_model(name, weights, MARIAN_FILES), memory, device)
 
 # %% ../nbs/01_text.ipynb #english

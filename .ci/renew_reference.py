@@ -1,0 +1,57 @@
+"""Makes the shipped reference from a finished mini study: `python .ci/renew_reference.py [REPORT]`, then look at `git diff` and commit.
+
+The tables, figures, manifest and page go to `reports/reference`; the outputs of the executed notebooks go into `nbs`."""
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import nbformat
+
+from newsrepro.core import read_json, reference_dir, write_json
+from newsrepro.data import read_collection
+from newsrepro.needs import facts_of, work_of
+from newsrepro.registry import NOTEBOOKS, PAPER_LAYOUT
+from newsrepro.study import mini_root
+
+root = Path(__file__).resolve().parent.parent
+
+
+def with_work(manifest: dict) -> dict:
+    "The manifest with what each notebook computed, from which the plan of later runs is estimated."
+    facts = {layout: facts_of(read_collection(mini_root()/layout)) for layout in set(PAPER_LAYOUT.values())}
+    for notebook in NOTEBOOKS:
+        entry = manifest['notebooks'][notebook.name]
+        entry['work'] = asdict(work_of(notebook.name, entry['parameters'], facts[PAPER_LAYOUT[notebook.paper]]))
+    return manifest
+
+
+def take_outputs(executed: Path, source: Path) -> None:
+    "Put the outputs of an executed notebook under the same cells of its source."
+    outputs = {cell.id: cell.get('outputs', []) for cell in nbformat.read(executed, 4).cells}
+    notebook = json.loads(source.read_text(encoding='utf-8'))
+    for cell in notebook['cells']:
+        if cell['cell_type'] != 'code': continue
+        kept = [output for output in outputs.get(cell['id'], []) if output.output_type != 'stream' or output.name == 'stdout']
+        cell['outputs'] = [{key: value for key, value in json.loads(json.dumps(output)).items() if key != 'execution_count'} for output in kept]
+        for output in cell['outputs']:
+            output.setdefault('metadata', {}) if output['output_type'] != 'stream' else None
+            if output['output_type'] == 'execute_result': output['execution_count'] = None
+    source.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def renew(report: Path) -> None:
+    manifest = read_json(report/'manifest.json')
+    if not manifest or set(manifest['notebooks']) != {notebook.name for notebook in NOTEBOOKS}: sys.exit(f'{report}: not a whole study')
+    if any(entry['commit'].endswith('+') for entry in manifest['notebooks'].values()): sys.exit(f'{report}: made from sources that are not committed')
+    target = reference_dir()
+    for name in ('tables', 'figures'):
+        shutil.rmtree(target/name, ignore_errors=True)
+        shutil.copytree(report/name, target/name)
+    shutil.copy(report/'index.html', target/'index.html')
+    write_json(target/'manifest.json', with_work(manifest))
+    for notebook in NOTEBOOKS: take_outputs(report/'notebooks'/f'{notebook.name}.ipynb', root/'nbs'/f'{notebook.name}.ipynb')
+
+
+if __name__ == '__main__': renew(Path(sys.argv[1]) if len(sys.argv) > 1 else root/'reports'/'mini')
