@@ -17,7 +17,7 @@ def readme(path: Path = root/'nbs'/'index.ipynb') -> str:
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = re.sub(r'^```\n(?=(?:from|import) )', '```python\n', text, flags=re.M)
     note = '<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->\n'
-    return note + re.sub(r'\n{3,}', '\n\n', text).strip().replace('../reports/', 'reports/') + '\n'
+    return note + re.sub(r'\n{3,}', '\n\n', text).strip().replace('](../', '](') + '\n'
 
 
 if __name__ == '__main__':

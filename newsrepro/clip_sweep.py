@@ -6,15 +6,12 @@
 __all__ = ['pool_embeddings', 'zero_shot']
 
 # %% ../nbs/11_clip_sweep.ipynb #imports
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from .data import Collection
-from .embed import EmbeddingStore, Encoder, embed, encoding_cost
+from .embed import EmbeddingStore, Encoder, embed
 from .retrieve import ranked_lists
 
 # %% ../nbs/11_clip_sweep.ipynb #zero-shot

@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'MINI_DIR', 'InputError', 'atomic_path', 'read_json', 'wri
            'notebooks_dir', 'reference_dir', 'cache_dir', 'source_commit', 'package_version']
 
 # %% ../nbs/00_core.ipynb #imports
-import hashlib, json, os, shutil, subprocess, uuid
+import hashlib, json, os, shutil, subprocess, tempfile, uuid
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -79,7 +79,8 @@ def cache_dir(package: Path = PACKAGE) -> Path:
     "Where mini collections and embeddings are kept between runs."
     if given := os.environ.get('NEWSREPRO_CACHE'): return Path(given).absolute()
     if root := clone_root(package): return root/'.cache'/'newsrepro'
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'newsrepro'
+    home = os.path.expanduser('~')  # stays as it is where the user has neither HOME nor an entry
+    return Path(os.environ.get('XDG_CACHE_HOME') or os.path.join(tempfile.gettempdir() if home == '~' else home, '.cache'))/'newsrepro'
 
 # %% ../nbs/00_core.ipynb #commit
 @cache

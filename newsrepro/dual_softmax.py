@@ -16,8 +16,8 @@ import numpy as np
 from .core import InputError
 from .data import Collection
 from .metrics import measure, tie_order
-from .one_to_one import (TRANSDUCTIVE, assigned_first, best_columns, csls, dual_softmax,
-                                  inverted_softmax, query_bank_norm, sinkhorn)
+from .one_to_one import (TRANSDUCTIVE, assigned_first, csls, dual_softmax, inverted_softmax,
+                                  query_bank_norm, sinkhorn)
 
 # %% ../nbs/15_dual_softmax.ipynb #pool
 @dataclass(frozen=True)

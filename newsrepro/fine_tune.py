@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from .checkpoints import Backbone, MissingCheckpoint, find_checkpoint
+from .checkpoints import Backbone, MissingCheckpoint
 from .cleaning import clean_all
 from .core import PACKAGE, InputError, atomic_path
 from .data import Collection, chronological_split, random_split

@@ -10,7 +10,7 @@ __all__ = ['VILT_RETRIEVAL', 'IGNORED', 'MatchRecipe', 'NewsPairs', 'load_news_p
 
 # %% ../nbs/07a_match.ipynb #imports
 import copy, hashlib, json, math, os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +22,7 @@ import torch.nn.functional as F
 
 from .core import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
-from .single_stream import (Matcher, Vilt, encode_pairs, load_picture, load_vilt, match_logits,
-                                     save_vilt)
+from .single_stream import Matcher, encode_pairs, load_picture, load_vilt, match_logits, save_vilt
 import newsrepro.match, newsrepro.single_stream, newsrepro.train
 from .threads import threads_for
 from .train import HISTORY, Recipe, batch_order, digest, load_checkpoint, make_optimiser, prune, run_steps, seed_of, set_modes, take_step

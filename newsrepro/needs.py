@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['FILES', 'LEAST_TRAINING', 'LEAST_POOL', 'VILT_GFLOPS', 'MARIAN_GFLOPS', 'WORK', 'SHARE', 'START', 'DECODE',
            'models_of', 'Model', 'locate', 'ask_hub', 'locate_all', 'refuse_missing', 'Part', 'facts_of', 'unmet',
-           'Work', 'encoding', 'training', 'scoring', 'work_of', 'matmul_rate', 'estimated_seconds', 'shipped_work',
-           'estimate', 'Requirement', 'Needs', 'as_json', 'duration', 'amount', 'lines']
+           'asked_of_data', 'check_against_data', 'Work', 'encoding', 'training', 'scoring', 'work_of', 'matmul_rate',
+           'estimated_seconds', 'shipped_work', 'estimate', 'Requirement', 'Needs', 'as_json', 'duration', 'amount',
+           'lines']
 
 # %% ../nbs/24_needs.ipynb #imports
 import os, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import (HUB_FILES, MARIAN_FILES, MODEL_PATTERNS, REMEDY, REGISTRY, VILT_FILES, MissingCheckpoint, backbone_names, backbone_pair,
-                                   find_backbone, find_checkpoint, find_model, is_hub_name, local_weights, model_name, search_places, wanted_files)
+from .checkpoints import (HUB_FILES, MARIAN_FILES, MODEL_PATTERNS, REMEDY, VILT_FILES,
+                                   MissingCheckpoint, backbone_names, backbone_pair, find_backbone,
+                                   find_checkpoint, find_model, is_hub_name, local_weights, model_name,
+                                   search_places, wanted_files)
 from .core import MINI_DIR, InputError, read_json, reference_dir
-from .registry import NOTEBOOKS, Notebook, read_numbers
+from .registry import Notebook, read_numbers
 
 # %% ../nbs/24_needs.ipynb #model-names
 def _names(kind: str, parameter: str, values: Mapping[str, Any]) -> list[str]:
@@ -34,7 +38,10 @@ def _names(kind: str, parameter: str, values: Mapping[str, Any]) -> list[str]:
 def models_of(notebook: Notebook,
               values: Mapping[str, Any]  # its parameters
              ) -> list[tuple[str, str]]:  # kind and name, each once
-    "The models that a notebook loads; raises `InputError` for a name that cannot be."
+    "The models that a notebook loads; raises `InputError` for a name or a combination that cannot be."
+    if bool(values.get('extra_text')) != bool(values.get('extra_image')): raise InputError(f'{notebook.name}.extra_text and {notebook.name}.extra_image: name both or neither')
+    for name in ('cleaning', 'tweet_cleaning'):
+        if name in values: import_module('newsrepro.cleaning').parse_steps(values[name])
     return list(dict.fromkeys((kind, name) for parameter, kind in notebook.models for name in _names(kind, parameter, values)))
 
 # %% ../nbs/24_needs.ipynb #locate
@@ -92,7 +99,7 @@ def ask_hub(repository: str, patterns: Sequence[str],  # of the files that would
 def locate_all(wanted: Iterable[tuple[str, str]], profile: str, weights: Path | None = None, hub: Callable | None = None) -> list[Model]:
     "`locate` for each kind and name, each once."
     if hub is None:
-        import huggingface_hub.hf_api  # here, as imports that threads begin side by side wait for each other
+        import_module('huggingface_hub.hf_api')  # here, as imports that threads begin side by side wait for each other
     with ThreadPoolExecutor(16) as pool: return list(pool.map(lambda one: locate(*one, profile, weights, hub), dict.fromkeys(wanted)))
 
 def refuse_missing(models: Sequence[Model], weights: Path | None = None) -> None:
@@ -142,6 +149,21 @@ def unmet(notebook: Notebook, values: Mapping[str, Any],  # its parameters
         part = facts[few[0]]
         return f'a test part with {LEAST_POOL} images and articles whose image is known, in each set; {few[0]} has {part.pool} images, {part.truth} known'
     return ''
+
+# %% ../nbs/24_needs.ipynb #against-data
+def asked_of_data(values: Mapping[str, Any]) -> dict[str, str]:
+    "The parameters whose values must occur in the data, where they were given."
+    return {name: values[name] for name in ('example', 'option_sets') if values.get(name) not in (None, '', 'profile')}
+
+def check_against_data(notebook: str, asked: Mapping[str, str],  # of `asked_of_data`
+                       collection) -> None:
+    "Raise `InputError` for an article or a set that the collection does not have."
+    known = {'example': set(collection.pairs.article_id[collection.pairs.split == 'test']), 'option_sets': set(collection.datasets)}
+    for name, text in asked.items():
+        given = [text] if name == 'example' else [part.strip() for part in text.split(',') if part.strip()]
+        if unknown := [one for one in given if one not in known[name]]:
+            what = 'no test article whose image is known' if name == 'example' else f"no set of {', '.join(sorted(known[name]))}"
+            raise InputError(f'{notebook}.{name}={text!r}: {unknown[0]} is {what}')
 
 # %% ../nbs/24_needs.ipynb #work
 @dataclass(frozen=True)

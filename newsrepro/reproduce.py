@@ -9,7 +9,7 @@ __all__ = ['LIBRARIES', 'REFUSALS', 'MARKS', 'closest', 'choose', 'parse_set', '
            'why_stale', 'stale_jobs', 'write_plan', 'read_job', 'plan_from_config', 'tools_dir', 'child_environment',
            'process_mark', 'is_alive', 'kill_tree', 'Watch', 'tree_memory', 'execute', 'publish', 'keep_failure',
            'run_job', 'thread_count', 'snakemake_command', 'snakemake', 'outcome', 'show_line', 'ended_line', 'follow',
-           'show_failure', 'make_manifest', 'collection_facts', 'plan_needs', 'locked', 'run_plan', 'show_verdict',
+           'show_failure', 'make_manifest', 'read_data', 'plan_needs', 'locked', 'run_plan', 'show_verdict',
            'reproduce', 'looking', 'show_needs', 'finish_report', 'current_state', 'overview']
 
 # %% ../nbs/25_reproduce.ipynb #imports
@@ -26,8 +26,9 @@ from typing import Any
 
 from .core import (PACKAGE, InputError, cache_dir, clone_root, file_digest,
                             notebooks_dir, package_version, read_json, reference_dir, source_commit, write_json)
-from .needs import Needs, Requirement, duration, estimate, facts_of, lines, locate_all, models_of, refuse_missing, unmet
-from .registry import (CORE, NOTEBOOKS, PROFILES, Notebook, check_device, check_value, command_line,
+from .needs import (Needs, Requirement, asked_of_data, check_against_data, duration, estimate, facts_of, lines, locate_all,
+                             models_of, refuse_missing, unmet)
+from .registry import (CORE, NOTEBOOKS, PAPER_LAYOUT, PROFILES, Notebook, check_device, check_value, command_line,
                                 notebook_parameters, resolve_device)
 
 # %% ../nbs/25_reproduce.ipynb #closest
@@ -269,8 +270,8 @@ def read_job(path: Path) -> Job:
 def plan_from_config(config: Mapping[str, Any],  # of Snakemake: `state`, or the options of `newsrepro reproduce`
                      write: bool = True  # False in the processes of single jobs
                     ) -> Path:  # the folder that Snakemake works in
-    "For the workflow file: the plan that `newsrepro reproduce` wrote (`state`), or the one that the other options ask for."
-    if given := config.get('state'): return Path(given)
+    "For the workflow file: the plan that `newsrepro reproduce` wrote (`state`, or NEWSREPRO_STATE), or the one that the other options ask for."
+    if given := config.get('state') or os.environ.get('NEWSREPRO_STATE'): return Path(given)
     for name in ('data', 'out', 'weights'):
         if (value := config.get(name, 'mini')) != 'mini' and not Path(value).is_absolute(): raise InputError(f'{name}={value}: give the full path')
     listed = lambda value: value if isinstance(value, list) else str(value).split(',')
@@ -289,7 +290,7 @@ def child_environment(tools: Path,  # folder for what tools keep
                       base: Mapping[str, str]  # the environment to change
                      ) -> dict[str, str]:
     "`base` with every tool's folder under `tools`, hashes fixed, models where the user keeps them, and threads that do not spin."
-    cache_home = base.get('XDG_CACHE_HOME') or os.path.join(base.get('HOME', ''), '.cache')
+    cache_home = base.get('XDG_CACHE_HOME') or os.path.join(base.get('HOME') or str(tools), '.cache')
     folders = {name: str(tools/name.lower()) for name in (
         'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'XDG_DATA_HOME', 'IPYTHONDIR', 'JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR',
         'MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR', 'CUDA_CACHE_PATH')}
@@ -439,17 +440,17 @@ def thread_count(jobs: int) -> int:
     from joblib import cpu_count
     return max(1, cpu_count()//jobs)
 
-def snakemake_command(state: Path, cores: int) -> list[str]:
-    "Run the workflow file on the plan in `state`. Markers and their times say what runs: see `write_plan`."
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(PACKAGE/'Snakefile'), '--config', f'state={json.dumps(str(state))}', '--cores', str(cores),
+def snakemake_command(cores: int) -> list[str]:
+    "Run the workflow file on the plan in the folder that NEWSREPRO_STATE names: of `--config`, Snakemake would read a path as YAML. Markers and their times say what runs: see `write_plan`."
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(PACKAGE/'Snakefile'), '--cores', str(cores),
             '--keep-going', '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--scheduler', 'greedy', '--nocolor']
 
 @contextmanager
 def snakemake(state: Path, cores: int):
     "A running Snakemake; it and everything it started is gone when the block ends, however it ends."
-    env = child_environment(tools_dir(), os.environ) | {'NEWSREPRO_PARENT': process_mark()}
+    env = child_environment(tools_dir(), os.environ) | {'NEWSREPRO_PARENT': process_mark(), 'NEWSREPRO_STATE': str(state)}
     with (state/'snakemake.log').open('w') as log:
-        process = subprocess.Popen(snakemake_command(state, cores), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(snakemake_command(cores), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                    cwd=state, env=env, start_new_session=True)  # in `state`, as it logs where it starts
         try: yield process
         finally: kill_tree(process.pid, root=True); process.wait()
@@ -541,13 +542,11 @@ def make_manifest(out: Path, notebooks: Sequence[Notebook] = NOTEBOOKS) -> dict:
                 seconds=round(sum(e['seconds'] for e in entries.values()), 1), notebooks=entries)
 
 # %% ../nbs/25_reproduce.ipynb #plan-needs
-def collection_facts(data: str  # 'mini' or a folder
-                    ) -> tuple[str, dict | None]:  # what it is; counts by set, None for the generated collections, whose counts are known
-    "Read the collection of a run; raises `InputError` where it cannot be read."
-    if data == 'mini': return 'generated collections', None
+def read_data(job: Job, paper: str):  # `newsrepro.data.Collection`
+    "The collection that a job reads; raises `InputError` where it cannot be read."
     from newsrepro.data import read_collection
-    collection = read_collection(existing_folder('data', data))
-    return f'{collection.name} ({collection.layout})', facts_of(collection)
+    from newsrepro.study import resolve_data
+    return read_collection(resolve_data(job.parameters['data'], PAPER_LAYOUT.get(paper, '')))
 
 def plan_needs(plan: Sequence[Job], stale: Mapping[str, str],  # name -> why it runs
                only: Sequence[str] = (),  # names asked for
@@ -560,7 +559,12 @@ def plan_needs(plan: Sequence[Job], stale: Mapping[str, str],  # name -> why it 
     models = {job.name: models_of(entry[job.name], job.parameters) for job in running}
     found = locate_all([one for own in models.values() for one in own], profile, weights)
     refuse_missing(found, weights)
-    label, facts = collection_facts(core['data'])
+    asked = [(job, wanted) for job in running if (wanted := asked_of_data(job.parameters))]
+    label, facts, collection = 'generated collections', None, None  # whose counts are known
+    if core['data'] != 'mini':
+        collection = read_data(running[0], '')
+        label, facts = f'{collection.name} ({collection.layout})', facts_of(collection)
+    for job, wanted in asked: check_against_data(job.name, wanted, collection or read_data(job, entry[job.name].paper))
     device, skipped, rows = resolve_device(core['device']) if profile == 'paper' else 'cpu', {}, []
     for job in plan:
         if job.name not in stale: rows.append(Requirement(job.name, 'up to date')); continue
@@ -630,18 +634,17 @@ def reproduce(profile: str = 'mini', data: str = 'mini', device: str = 'auto', w
     console = Console(highlight=False)
     with looking(console): plan = make_plan(profile, data, device, weights, only, sets, out, notebooks, folder)
     place = Path(plan[0].out)
-    with nullcontext() if dry_run else locked(plan[0].state):
-        with looking(console):
-            stale = stale_jobs(plan, (only or [job.name for job in plan]) if force else ())
-            needs = plan_needs(plan, stale, only, notebooks)
-        if told: told(needs)
-        else: show_needs(needs, console)
-        if dry_run: return 0
+    repeated = (only or [job.name for job in plan]) if force else ()
+    with looking(console): needs = plan_needs(plan, stale_jobs(plan, repeated), only, notebooks)
+    if told: told(needs)
+    else: show_needs(needs, console)
+    if dry_run: return 0
+    with locked(plan[0].state):
         skipped = {one.name for one in needs.notebooks if one.state == 'skipped'}
         plan = [job for job in plan if job.name not in skipped]
-        stale = {name: reason for name, reason in stale.items() if name not in skipped}
+        stale = stale_jobs(plan, repeated)
         missing = run_plan(plan, stale, console, jobs) if stale else {}
-        found = finish_report(place, notebooks, console)
+        finish_report(place, notebooks, console)
     failed = {job.name: read_json(job.file('failed')) or {} for job in plan if missing.get(job.name) == ''}
     if refused := [f"{name}: {left['refused']}" for name, left in failed.items() if left.get('refused')]: raise InputError('; '.join(refused))
     console.print(f"report: {place/'index.html'} (open it in a browser)", markup=False, soft_wrap=True)
@@ -658,13 +661,12 @@ def show_needs(needs: Needs, console) -> None:
         else: console.print(line, markup=False, soft_wrap=True)
     if needs.seconds > 3600: console.print(f'this may take {duration(needs.seconds)}; Ctrl-C stops it at any time, and the same command goes on from there', markup=False)
 
-def finish_report(place: Path, notebooks: Sequence[Notebook], console) -> dict | None:
-    "Write the manifest and the page, and hold the numbers against the reference."
+def finish_report(place: Path, notebooks: Sequence[Notebook], console) -> None:
+    "Write the manifest, hold the numbers against the reference, and write the page."
     from newsrepro.report import write_report
     write_json(place/'manifest.json', make_manifest(place, notebooks))
     found = show_verdict(place, console, notebooks)
     write_report(place, notebooks, found)
-    return found
 
 # %% ../nbs/25_reproduce.ipynb #overview
 def current_state(notebook: Notebook, folder: Path, out: Path) -> str:

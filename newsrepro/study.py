@@ -126,7 +126,7 @@ def markdown_table(table: pd.DataFrame,  # as `tidy_table` returns
                    name: str) -> str:
     "One line a run, one pair of columns a metric: computed with its 95 % interval, published."
     reference = published_table(name)
-    lines, metrics = [], list(dict.fromkeys(table.metric))
+    lines = []
     parts = len(set(zip(table.dataset, table.split))) > 1
     for (dataset, split, run), group in table.groupby(['dataset', 'split', 'run'], sort=False):
         line = ({'set': f'{dataset}, {split}'} if parts else {}) | {'run': run}

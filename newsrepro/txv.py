@@ -11,7 +11,7 @@ __all__ = ['PRETRAINING', 'JOINT', 'block', 'TxV', 'as_tensors', 'project', 'mar
 import hashlib, json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import InputError, read_json, reference_dir
-from .registry import NOTEBOOKS, Notebook
+from .registry import NOTEBOOKS, Notebook, published_table
 
 # %% ../nbs/21_verify.ipynb #read-rows
 KEY = ('dataset', 'split', 'run', 'metric')
@@ -97,9 +97,10 @@ def compare_rows(table: str, ours: Mapping[Key, Mapping], reference: Mapping[Key
 
 # %% ../nbs/21_verify.ipynb #compare-published
 def compare_published(table: str, ours: Mapping[Key, Mapping]) -> Iterator[Finding]:
-    "One finding for each row that stands beside a published number."
-    for key, row in ours.items():
-        if not row.get('published'): continue
+    "One finding for each row that stands beside a published number, and for each published number that no row stands beside."
+    beside = {key: row for key, row in ours.items() if row.get('published')}
+    for key in published_table(table).keys() - beside.keys() if beside else (): yield Finding(table, f"{' '.join(key)} (only published)", 'missing')
+    for key, row in beside.items():
         known = float(row['published'])
         yield Finding(table, ' '.join(key), judge(row['value'], known, (known - PUBLISHED - EXACT, known + PUBLISHED + EXACT)), row['value'], known)
 

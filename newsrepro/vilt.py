@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .core import InputError
-from .data import chronological_split, open_image
+from .data import open_image
 from .heat_maps import Panel, heat_map, word_span
 from .match import MatchRecipe, pad_pictures, pad_texts, together
 from .single_stream import Matcher, encode_pairs, load_picture

@@ -3,7 +3,6 @@ import string
 import subprocess
 import sys
 import unicodedata
-from pathlib import Path
 
 import emoji
 import pytest

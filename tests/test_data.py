@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-import ftfy  # registers the codec sloppy-windows-1252
+import ftfy  # noqa: F401, registers the codec sloppy-windows-1252
 from PIL import Image
 
 from newsrepro.core import InputError, atomic_path

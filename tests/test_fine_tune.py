@@ -1,13 +1,11 @@
 """Fine-tuned models reload as what they are, are trained once, and survive a kill."""
 import copy
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -19,10 +17,10 @@ from PIL import Image
 from newsrepro import fine_tune as module
 from newsrepro.checkpoints import MissingCheckpoint, find_backbone
 from newsrepro.core import InputError
-from newsrepro.embed import build_model, encode_batch, load_encoder, preprocessing
+from newsrepro.embed import load_encoder
 from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out,
                                  load_fine_tuned, make_recipe, model_key, news_texts, save_fine_tuned)
-from newsrepro.train import PUBMEDCLIP, Pairs, Recipe, prune
+from newsrepro.train import PUBMEDCLIP, prune
 
 ENTRY = find_backbone('ViT-B/32', 'mini')
 MAKE = '''

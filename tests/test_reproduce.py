@@ -65,7 +65,7 @@ def command(toys):
 
 @pytest.fixture(scope='module')
 def newsrepro(command):
-    return lambda *arguments, **options: subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, **options)
+    return lambda *arguments, **options: subprocess.run(command(*arguments), **{'capture_output': True, 'text': True, 'timeout': 100} | options)
 
 
 GOOD = ['--only', '2_double', '--set', '1_square.side=7', '--set', '2_double.seed=5']
@@ -225,6 +225,35 @@ def test_the_workflow_runs_without_the_command(study):
                            '--cores', '1', '--rerun-triggers', 'mtime'], capture_output=True, text=True, cwd=study.parent)
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines() if 'output: done/' in line] == ['done/2_double']
+
+
+@pytest.mark.parametrize('name', ['out #2', 'out: b', 'a folder with [c] in it', '{"x": 1}', "it's", 'münchen'])
+def test_any_path_will_do_and_is_shown_as_it_is(newsrepro, tmp_path, name):
+    done = newsrepro('reproduce', '--only', '1_square', '--out', tmp_path/name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path/name/'tables'/'square.csv').is_file() and f'report: {tmp_path/name}/index.html' in done.stdout
+
+
+def test_a_log_tells_when_each_notebook_starts_and_ends(newsrepro, tmp_path):
+    said = newsrepro('reproduce', *GOOD, '--out', tmp_path/'report').stdout.splitlines()
+    began, ended = [line.split()[1] for line in said if line.startswith('▶')], [line.split()[1] for line in said if line.startswith('✓')]
+    assert began == ended == ['1_square', '2_double']
+
+
+def test_a_terminal_without_the_marks_ends_no_study(newsrepro, tmp_path):
+    env = os.environ | {'PYTHONIOENCODING': 'cp1252'}
+    done = newsrepro('reproduce', *GOOD, '--out', tmp_path/'report', env=env, encoding='cp1252')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tables(tmp_path/'report') == {'square.csv': b'value\n49\n', 'double.csv': b'value\n10.0\n'}
+
+
+def test_a_user_without_a_name_and_a_home(newsrepro, tmp_path):
+    "As containers and clusters have them: the user's id has no entry, in this process and in all that it starts."
+    (tmp_path/'site').mkdir()
+    (tmp_path/'site'/'sitecustomize.py').write_text("import pwd\ndef nobody(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\npwd.getpwuid = nobody\n")
+    env = {name: value for name, value in os.environ.items() if name not in ('HOME', 'USER', 'LOGNAME', 'LNAME', 'USERNAME')}
+    done = newsrepro('reproduce', '--only', '1_square', '--out', tmp_path/'report', env=env | {'PYTHONPATH': str(tmp_path/'site')})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_a_change_makes_stale(toys, tmp_path):

@@ -82,3 +82,14 @@ def test_the_guard_notices_a_requirement_taken_out(taken_out, tmp_path):
     left = [word for word in line.split() if canonical(re.match(r'[\w.-]*', word)[0]) != taken_out]
     (tmp_path/'settings.ini').write_text(text.replace(line, ' '.join(left)), encoding='utf-8')
     assert needed()['run'] - required(tmp_path/'settings.ini')['run'] == {taken_out}
+
+
+def test_the_tested_set_lies_within_the_bounds():
+    "`constraints.txt` pins every requirement, to a version that `settings.ini` allows."
+    from packaging.requirements import Requirement
+    pinned = dict(line.split('==') for line in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines() if '==' in line)
+    pinned = {canonical(name): version for name, version in pinned.items()}
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    asked = [Requirement(word) for key in ('requirements', 'dev_requirements') for word in config['DEFAULT'][key].split()]
+    assert len(asked) > 50 and [str(one) for one in asked if not one.specifier.contains(pinned.get(canonical(one.name), '0'))] == []

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import pytest
@@ -189,8 +189,8 @@ def test_word_pieces_are_those_of_transformers(small, text, more):
     assert matcher.tokens([text + more]) == [words(text + more, truncation=True, max_length=20)['input_ids']]
 
 
-def cached(folder, kept={}):
-    return kept.setdefault(folder, (load_vilt(str(folder)), BertTokenizer.from_pretrained(folder)))
+@cache
+def cached(folder): return load_vilt(str(folder)), BertTokenizer.from_pretrained(folder)
 
 
 def test_size_rule_is_that_of_transformers():
@@ -424,7 +424,7 @@ def test_damaged_checkpoint(small, tmp_path, name):
 
 def test_refusals(small, tmp_path):
     matcher, paths = load_vilt(str(small)), write_pictures(tmp_path/'pictures', SHAPES)
-    names, told, more = list('wxyz'), ['a', 'b'], SENTENCES[:2]
+    more = SENTENCES[:2]
     for message, call in {
         'k=5: the pool holds 4': lambda: rank_pairs(matcher, more, paths, k=5),
         'k=0': lambda: rank_pairs(matcher, more, paths, k=0),

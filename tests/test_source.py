@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro import study
+from newsrepro.registry import NOTEBOOKS as METHOD_NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-METHODS = {notebook.name for notebook in study.NOTEBOOKS}
+METHODS = {notebook.name for notebook in METHOD_NOTEBOOKS}
 
 
 @pytest.fixture(scope='module')
@@ -54,9 +54,17 @@ def test_readme_is_the_index_notebook(copy):
     assert (copy/'README.new.md').read_text() == (ROOT/'README.md').read_text()
 
 
-def test_ci_runs_the_readmes_test_line():
-    line = (ROOT/'.ci'/'run').read_text().strip().splitlines()[-1]
-    assert line in (ROOT/'README.md').read_text().splitlines()
+README = (ROOT/'README.md').read_text(encoding='utf-8').splitlines()
+SETUP_LINES = {end: [line for line in README if re.search(f'^python3 -m venv .*{end}$', line)] for end in ('newsrepro reproduce', 'pytest')}
+
+
+@pytest.mark.parametrize('end', SETUP_LINES)
+def test_ci_and_the_container_run_the_readmes_lines(end):
+    "CI reads the lines from the README; the container repeats their set-up to the letter."
+    assert len(SETUP_LINES[end]) == 1
+    assert f"readme_line '{end}'" in (ROOT/'.ci'/'run').read_text(encoding='utf-8')
+    set_up, _, _ = SETUP_LINES[end][0].rpartition(' && ')
+    assert f'RUN {set_up}' in (ROOT/'Dockerfile').read_text(encoding='utf-8').splitlines()
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

@@ -26,6 +26,8 @@ def contents(out: Path, *kinds: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
+    "The mini study, made here, or the one that CI made by the README's line."
+    if given := os.environ.get('NEWSREPRO_STUDY'): return Path(given)
     out = tmp_path_factory.mktemp('study')/'mini'
     done = newsrepro('reproduce', '--out', out)
     assert done.returncode == 0, done.stdout + done.stderr
