@@ -12,7 +12,7 @@ import numpy as np
 
 from .data import Collection
 from .embed import EmbeddingStore, Encoder, embed
-from .retrieve import ranked_lists
+from .pool import Pool, ranked
 
 # %% ../nbs/11_clip_sweep.ipynb #zero-shot
 def pool_embeddings(texts: Sequence[str],  # one for each article of the collection
@@ -25,4 +25,4 @@ def pool_embeddings(texts: Sequence[str],  # one for each article of the collect
 def zero_shot(texts: Sequence[str], collection: Collection, encoder: Encoder, store: EmbeddingStore, **options) -> dict[str, list[str]]:
     "For each article the 100 nearest images of the pool, best first; `options` as in `pool_embeddings`."
     queries, images = pool_embeddings(texts, collection, encoder, store, **options)
-    return ranked_lists(collection.articles.article_id.tolist(), queries, collection.images.image_id.tolist(), images, 100, encoder.device)
+    return ranked(Pool.of_part(collection), queries, images, device=encoder.device)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['PRETRAINING', 'JOINT', 'block', 'TxV', 'as_tensors', 'project', 'margin_ranking_loss', 'TxVRecipe', 'recall_sum',
            'epoch_of', 'threads_for', 'train_txv', 'features_key', 'trained_txv', 'read_matrix', 'nytimes_pairs',
-           'pretraining_pairs', 'Parts', 'split_parts', 'Features', 'embed_collection', 'fit_txv', 'txv_recipe']
+           'pretraining_pairs', 'fit_txv', 'txv_recipe']
 
 # %% ../nbs/14_txv.ipynb #imports
 import hashlib, json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,13 +25,11 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from .core import InputError, atomic_path
-from .data import Collection, random_split, read_collection
-from .embed import EmbeddingStore, Encoder, FeatureEncoder, embed
+from .data import read_collection
+from .features import Features, Parts
 from .metrics import measure
 from .retrieve import as_unit_rows
 from .study import mini_root
-from .text import english, select
-from .threads import at_once, side_by_side
 
 # %% ../nbs/14_txv.ipynb #block
 def block(inputs: int, outputs: int, dropout: float = .2) -> nn.Sequential:
@@ -259,59 +256,6 @@ def pretraining_pairs(name: str,  # 'profile', 'captions' (the generated ones), 
     else: raise InputError(f'pretrain {name!r}: no such file or folder')
     chosen = np.random.default_rng(seed).permutation(len(pairs))[:most or None]
     return pairs.iloc[np.sort(chosen)].reset_index(drop=True)
-
-# %% ../nbs/14_txv.ipynb #split
-@dataclass(frozen=True)
-class Parts:
-    "Pairs to learn from, to choose the epoch by, and the two kinds of test pools."
-    train: pd.DataFrame  # rows of articles
-    valid: pd.DataFrame
-    held: Mapping[str, Collection]  # set -> 20 % of its training part with their images as pool
-    test: Mapping[str, Collection]  # set -> official test part
-
-def split_parts(usable: Collection, seed: int = 0) -> Parts:
-    "80 % of the merged training parts (a tenth of it for validation) and the rest, by set; raises `InputError` where a part is missing."
-    articles = usable.articles.query("split == 'train' and image_id != ''")
-    if len(articles) < 10: raise InputError(f'{usable.name}: {len(articles)} training pairs, too few to train on')
-    learn, held = random_split(articles, .8, seed)
-    train, valid = random_split(learn, .9, seed)
-    pools = {dataset: usable.subset(dataset, 'train').restrict(rows) for dataset, rows in held.groupby('dataset', sort=False)}
-    tests = {dataset: usable.subset(dataset, 'test') for dataset in usable.datasets}
-    return Parts(train, valid, pools, {dataset: part for dataset, part in tests.items() if len(part.truth)})
-
-# %% ../nbs/14_txv.ipynb #features
-@dataclass(frozen=True)
-class Features:
-    "Embeddings of articles and images by one or several encoders, by id."
-    texts: Sequence[Mapping]  # a feature: (dataset, article id) -> vector
-    images: Sequence[Mapping]  # a feature: (dataset, image id) -> vector
-
-    def pairs(self, articles: pd.DataFrame) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        "Matrices of texts and of their images, a row an article."
-        rows = lambda table, ids: np.stack([table[key] for key in ids])
-        return ([rows(table, zip(articles.dataset, articles.article_id)) for table in self.texts],
-                [rows(table, zip(articles.dataset, articles.image_id)) for table in self.images])
-
-    def pool(self, part: Collection) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        "Matrices of a part's articles and of its pool of images."
-        rows = lambda table, frame, column: np.stack([table[key] for key in zip(frame.dataset, frame[column])])
-        return [rows(table, part.articles, 'article_id') for table in self.texts], [rows(table, part.images, 'image_id')
-                                                                                    for table in self.images]
-
-def embed_collection(usable: Collection, encoders: Sequence[Encoder | FeatureEncoder],  # of texts, and of images where `image_encoders` are not given
-                     store: EmbeddingStore, selection: str = 'title',  # or 'full'
-                     translate=None, provided: bool = True, workers: int = 0,
-                     image_encoders: Sequence[Encoder | FeatureEncoder] | None = None  # where they are not those of the texts
-                    ) -> Features:
-    "Embed every article and image once by each encoder."
-    articles = usable.articles.assign(text='') if selection == 'title' else usable.articles  # a body that is not read need not be translated
-    texts = select(english(articles, translate, provided), selection)
-    article_ids, image_ids = list(zip(usable.articles.dataset, usable.articles.article_id)), list(zip(usable.images.dataset, usable.images.image_id))
-    seeing = encoders if image_encoders is None else image_encoders
-    jobs = [partial(embed, encoder, texts, 'text', store) for encoder in encoders]
-    jobs += [partial(embed, encoder, usable.images.path.tolist(), 'image', store, workers=workers) for encoder in seeing]
-    rows = side_by_side(jobs, min(at_once(encoder.model) if isinstance(encoder, Encoder) else 1 for encoder in (*encoders, *seeing)))
-    return Features([dict(zip(article_ids, found)) for found in rows[:len(encoders)]], [dict(zip(image_ids, found)) for found in rows[len(encoders):]])
 
 # %% ../nbs/14_txv.ipynb #fit
 JOINT = MappingProxyType({'paper': 2048, 'mini': 128})

@@ -21,7 +21,7 @@ from .cleaning import tag_emoji
 from .core import InputError
 from .data import open_image
 from .embed import Encoder
-from .fine_tune import Pool, fine_tune, label, search
+from .fine_tune import DecodedPool, fine_tune, label, search
 from .metrics import measure, rank_of_truth, reciprocal_rank
 from .train import PUBMEDCLIP, Pairs, Recipe, digest
 
@@ -67,7 +67,7 @@ def with_weights(encoder: Encoder, theta: Mapping[str, torch.Tensor]) -> Encoder
 ALPHAS = tuple(k/10 for k in range(11))
 
 def sweep(start: Encoder, theta_1: Mapping[str, torch.Tensor],  # weights of the fine-tuned model
-          pools: Mapping[str, Pool],  # part -> pool; decoded once for all alphas
+          pools: Mapping[str, DecodedPool],  # part -> pool; decoded once for all alphas
           alphas: Sequence[float] = ALPHAS) -> Iterator[tuple[float, Encoder, dict[str, np.ndarray]]]:  # alpha, its model, ranks by part
     "Search each pool with each interpolation."
     theta_0 = state_of(start)
@@ -75,9 +75,9 @@ def sweep(start: Encoder, theta_1: Mapping[str, torch.Tensor],  # weights of the
         encoder = with_weights(start, interpolate(theta_0, theta_1, alpha))
         yield alpha, encoder, {part: ranks_in(encoder, pool) for part, pool in pools.items()}
 
-def ranks_in(encoder: Encoder, pool: Pool) -> np.ndarray:
+def ranks_in(encoder: Encoder, pool: DecodedPool) -> np.ndarray:
     "Rank of each article's image among the first hundred, 0 where it is not there."
-    return rank_of_truth(search(encoder, pool), pool.truth)
+    return rank_of_truth(search(encoder, pool), pool.pool.truth)
 
 def choose_alpha(ranks: Mapping[float, np.ndarray]  # alpha -> ranks on the held-out part
                 ) -> float:
@@ -106,7 +106,7 @@ class Adapted:
         return {run: self.curve[alpha][part] for run, alpha in (('zero_shot', 0.), ('fine_tuned', 1.), ('wise_ft', self.alpha))}
 
 def adapt(start: Encoder, pairs: Pairs, valid: Pairs | None, recipe: Recipe, root: Path,  # of trained models
-          pools: Mapping[str, Pool],  # 'validation', by which alpha is chosen, and others
+          pools: Mapping[str, DecodedPool],  # 'validation', by which alpha is chosen, and others
           alphas: Sequence[float] = ALPHAS,  # 0 and 1 are always among them
           whole_curve: bool = True,  # search all pools with every alpha; else the others with both ends and the chosen one
           before: Mapping[str, np.ndarray] = MappingProxyType({}),  # part -> ranks under `start`, where they are known

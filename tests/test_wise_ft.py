@@ -7,7 +7,8 @@ import torch
 from newsrepro.checkpoints import find_backbone
 from newsrepro.core import InputError
 from newsrepro.embed import build_model, load_encoder
-from newsrepro.fine_tune import Pool
+from newsrepro.fine_tune import DecodedPool
+from newsrepro.pool import Pool
 from newsrepro.metrics import measure
 from newsrepro.wise_ft import (ALPHAS, RECIPES, cases, choose_alpha, interpolate, rank_changes, soup,
                                state_of, sweep, with_weights)
@@ -19,7 +20,7 @@ def same_bits(one, other): return one.dtype == other.dtype and one.shape == othe
 def some_pool(start, draw):
     ids = tuple(map(str, range(13)))
     pixels = torch.randint(0, 256, (13, 3, 56, 56), dtype=torch.uint8, generator=draw)
-    return Pool(ids, start.tokenize([f'text {i}' for i in ids]), ids, pixels, dict(zip(ids, ids)))
+    return DecodedPool(Pool.of(ids, ids, dict(zip(ids, ids))), start.tokenize([f'text {i}' for i in ids]), pixels)
 
 
 def random_state(seed, name='ViT-B-32'):
