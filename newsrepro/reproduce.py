@@ -569,7 +569,7 @@ def plan_needs(plan: Sequence[Job], stale: Mapping[str, str],  # name -> why it 
     for job in plan:
         if job.name not in stale: rows.append(Requirement(job.name, 'up to date')); continue
         before = next((f'the results of {name}, which is skipped' for name in job.after if name in skipped), '')
-        lacks = before or (facts is not None and unmet(entry[job.name], job.parameters, facts)) or ''
+        lacks = before or (facts is not None and unmet(entry[job.name], facts)) or ''
         if lacks and (job.name in only or len(plan) == 1): raise InputError(f'{job.name}: it needs {lacks}')
         if lacks: skipped[job.name] = lacks; rows.append(Requirement(job.name, 'skipped', lacks, label)); continue
         work, seconds = estimate(job.name, job.parameters, facts, device)
