@@ -13,7 +13,7 @@ __all__ = ['LIBRARIES', 'REFUSALS', 'MARKS', 'closest', 'choose', 'parse_set', '
            'reproduce', 'looking', 'show_needs', 'finish_report', 'current_state', 'overview']
 
 # %% ../nbs/25_reproduce.ipynb #imports
-import ast, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, time
+import ast, errno, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -512,6 +512,10 @@ def show_failure(console, job: Job, blocked: str,  # name of the failed job that
     from rich.padding import Padding
     from rich.text import Text
     left = read_json(job.file('failed'))
+    said = (left or {}).get('error', '') or tail
+    if os.strerror(errno.ENOSPC) in said:
+        show_line(console, 'failed', f'{job.name}  no space is left on the disk of {job.out}; make some, and the same command goes on from there')
+        return
     if blocked: show_line(console, 'failed', f'{job.name}  not run: it reads the results of {blocked}'); return
     if left and left['refused']: return  # `reproduce` ends with that line
     if left is None: show_line(console, 'failed', f'{job.name} ended without a word; the end of its log:\n{tail}'); return

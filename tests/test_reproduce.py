@@ -247,6 +247,29 @@ def test_a_terminal_without_the_marks_ends_no_study(newsrepro, tmp_path):
     assert tables(tmp_path/'report') == {'square.csv': b'value\n49\n', 'double.csv': b'value\n10.0\n'}
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of one megabyte."
+    folder = tmp_path/'disk'
+    folder.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], capture_output=True).returncode: pytest.skip('no leave to mount a small disk')
+    yield folder
+    subprocess.run(['umount', '-l', folder], check=True)
+
+
+@pytest.mark.parametrize('pages', [1, 4, 8, 12])
+def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(newsrepro, small_disk, pages):
+    "So many pages of 4 KiB are free: too few for the settings, for the notebook, for the table, for the page."
+    filler, out = small_disk/'filler', small_disk/'report'
+    filler.write_bytes(b'x'*(2**20 - 4096*pages))
+    done = newsrepro('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', out)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and 'Traceback' not in said and 'o space' in said, said
+    filler.unlink()
+    done = newsrepro('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', out)
+    assert done.returncode == 0 and tables(out) == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr
+
+
 def test_a_user_without_a_name_and_a_home(newsrepro, tmp_path):
     "As containers and clusters have them: the user's id has no entry, in this process and in all that it starts."
     (tmp_path/'site').mkdir()
