@@ -21,7 +21,7 @@ import pandas as pd
 from .core import PACKAGE, InputError, atomic_path, cache_dir, notebooks_dir, source_commit
 from .data import Collection
 from .metrics import confidence_intervals, measure
-from .registry import (PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line, notebook_named,
+from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line, notebook_named,
                                 notebook_parameters, published_table, resolve_device)
 from .runs import write_run
 
@@ -40,23 +40,22 @@ class Settings:
     command: str = ''  # the line that runs this again
 
 # %% ../nbs/06_study.ipynb #make-settings
-def settings(notebook: str, *, profile: str, data: str, device: str, seed: int,
-             out_dir: str,  # folder for tables, figures, runs; empty = a temporary one
-             weights: str = '',  # folder searched first for checkpoints; empty = none
-             **parameters  # the notebook's own, each as declared in its `parameters` cell
+def settings(notebook: str,  # name, as in the registry
+             given: Mapping[str, Any]  # the notebook's `globals()`, or any values by name
             ) -> Settings:
-    "Check every value and freeze them; raises `InputError` on the first that is wrong."
+    "Check every declared parameter and freeze them; raises `InputError` on the first that is wrong or absent."
     entry = notebook_named(notebook)
     declared = notebook_parameters(notebooks_dir()/f'{notebook}.ipynb')
-    core = dict(profile=profile, data=data, device=device, seed=seed, out_dir=out_dir, weights=weights)
-    if unknown := set(parameters) - set(declared): raise InputError(f'{notebook}: no parameter {sorted(unknown)[0]!r}')
-    for name, value in (core | parameters).items(): check_value(notebook, declared[name], value)
+    if absent := [name for name in declared if name not in given]: raise InputError(f'{notebook}: no value for the parameter {absent[0]!r}')
+    values = {name: check_value(notebook, parameter, given[name]) for name, parameter in declared.items()}
+    profile, data, weights = (values[name] for name in ('profile', 'data', 'weights'))
     if profile not in PROFILES: raise InputError(f"profile {profile!r}: use {' or '.join(PROFILES)}")
     if data != 'mini' and not Path(data).is_dir(): raise InputError(f'data {data!r}: no such folder')
     if weights and not Path(weights).is_dir(): raise InputError(f'weights {weights!r}: no such folder')
-    return Settings(entry, profile, data, resolve_device(device), seed, Path(out_dir or tempfile.mkdtemp(prefix='newsrepro-')),
-                    Path(weights) if weights else None, MappingProxyType(parameters),
-                    command_line(entry, declared, core | parameters))
+    own = {name: value for name, value in values.items() if name not in CORE}
+    out_dir = Path(values['out_dir'] or tempfile.mkdtemp(prefix='newsrepro-'))
+    return Settings(entry, profile, data, resolve_device(values['device']), values['seed'], out_dir,
+                    Path(weights) if weights else None, MappingProxyType(own), command_line(entry, declared, values))
 
 # %% ../nbs/06_study.ipynb #resolve-data
 def mini_root() -> Path:

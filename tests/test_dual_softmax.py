@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 
 from newsrepro.core import InputError
-from newsrepro.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, Matched, choose_temperature,
-                                    column_ranks, marked, with_distractors, without_images)
+from newsrepro.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, marked,
+                                    with_distractors, without_images)
 from newsrepro.metrics import rank_of_truth
 from newsrepro.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
+from newsrepro.pool import Pool, column_ranks, ranks_by_score, scored_lists
 
 
 def make_case(n=60, m=60, noise=1.5, seed=0, hubs=2.):
@@ -14,7 +15,7 @@ def make_case(n=60, m=60, noise=1.5, seed=0, hubs=2.):
     rng = np.random.default_rng(seed)
     scores = .1*(np.eye(n, m)*4 + noise*rng.normal(size=(n, m)) + hubs*rng.gamma(.5, size=m))
     ids = [f'i{j}' for j in range(m)]
-    pool = Matched([f'a{i}' for i in range(n)], ids, np.arange(m), {f'a{i}': f'i{i}' for i in range(min(n, m))})
+    pool = Pool([f'a{i}' for i in range(n)], ids, np.arange(m), {f'a{i}': f'i{i}' for i in range(min(n, m))})
     bank = .1*(noise*rng.normal(size=(40, m)) + (scores.mean(0) - scores.mean())*10)
     return Case(pool, scores, bank)
 
@@ -22,19 +23,19 @@ def make_case(n=60, m=60, noise=1.5, seed=0, hubs=2.):
 def test_ranks_equal_those_of_the_lists():
     case = make_case(20, 33)
     scores = np.round(case.scores, 1)  # many ties
-    lists = case.pool.lists(best_columns(scores, 33))
-    assert (case.pool.ranks(scores) == rank_of_truth(lists, case.pool.truth)).all()
+    lists = scored_lists(case.pool, scores, 33)
+    assert (ranks_by_score(case.pool, scores) == rank_of_truth(lists, case.pool.truth)).all()
 
 
 def test_an_article_that_does_not_ask_counts():
-    pool = Matched(['a'], ['x', 'y'], np.arange(2), dict(a='y', b='x', c='gone'))
-    assert pool.ranks(np.array([[.2, .1]])).tolist() == [2, 0, 0]
+    pool = Pool(['a'], ['x', 'y'], np.arange(2), dict(a='y', b='x', c='gone'))
+    assert ranks_by_score(pool, np.array([[.2, .1]])).tolist() == [2, 0, 0]
     assert column_ranks(np.zeros((2, 3)), np.array([2, -1])).tolist() == [3, 0]
 
 
 def test_corrections_help_against_hubs_and_lower_hubness():
     case = make_case()
-    quality = lambda scores: (1/case.pool.ranks(scores)).mean()
+    quality = lambda scores: (1/ranks_by_score(case.pool, scores)).mean()
     plain = quality(case.scores)
     for name in ('dual softmax', 'inverted softmax', 'Sinkhorn', 'CSLS', 'assignment'):
         assert quality(CORRECTIONS[name](case.scores, .05, case.bank)) > plain, name
@@ -65,15 +66,15 @@ def test_distractors_leave_the_truth_and_lower_ranks():
     rng = np.random.default_rng(1)
     more = with_distractors(case, .3*rng.normal(size=(60, 100)), np.zeros((40, 100)))
     assert more.pool.truth == case.pool.truth and more.scores.shape == (60, 160) and more.bank.shape == (40, 160)
-    assert (more.pool.ranks(more.scores, 10**6) >= case.pool.ranks(case.scores, 10**6)).all()
+    assert (ranks_by_score(more.pool, more.scores, 10**6) >= ranks_by_score(case.pool, case.scores, 10**6)).all()
 
 
 @pytest.mark.parametrize('share', [0, .2, .5])
 def test_missing_images(share):
     case, fewer = make_case(), without_images(make_case(), share, seed=3)
     assert len(fewer.pool.images) == 60 - round(60*share) == len(fewer.pool.truth) and len(fewer.pool.articles) == 60
-    ranks = dict(zip(case.pool.truth, case.pool.ranks(case.scores)))
-    after = dict(zip(fewer.pool.truth, fewer.pool.ranks(fewer.scores)))
+    ranks = dict(zip(case.pool.truth, ranks_by_score(case.pool, case.scores)))
+    after = dict(zip(fewer.pool.truth, ranks_by_score(fewer.pool, fewer.scores)))
     assert all(0 < after[article] <= ranks[article] for article in after)
     assert without_images(make_case(), share, seed=3).pool.images == fewer.pool.images
 
@@ -81,7 +82,7 @@ def test_missing_images(share):
 def test_temperature_is_chosen_by_quality():
     cases = [make_case(seed=seed) for seed in range(3)]
     chosen = choose_temperature(cases, CORRECTIONS['dual softmax'])
-    value = lambda T: np.mean([(1/case.pool.ranks(dual_softmax(case.scores, T))).mean() for case in cases])
+    value = lambda T: np.mean([(1/ranks_by_score(case.pool, dual_softmax(case.scores, T))).mean() for case in cases])
     assert value(chosen) == max(map(value, TEMPERATURES))
     assert choose_temperature(cases, CORRECTIONS['plain']) == max(TEMPERATURES)  # no difference: the one that corrects least
     with pytest.raises(InputError, match='no pool'): choose_temperature([], CORRECTIONS['plain'])
