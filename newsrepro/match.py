@@ -15,17 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import BertWordPieceTokenizer
 
 from .core import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
 from .single_stream import Matcher, encode_pairs, load_picture, load_vilt, match_logits, save_vilt
 import newsrepro.match, newsrepro.single_stream, newsrepro.train
 from .threads import threads_for
-from .train import HISTORY, Recipe, batch_order, digest, load_checkpoint, make_optimiser, prune, run_steps, seed_of, set_modes, take_step
+from .train import (HISTORY, Checkpointer, Recipe, batch_order, digest, make_optimiser, prune,
+                             run_steps,
+                             seed_of, set_modes, take_step)
 
 # %% ../nbs/07a_match.ipynb #recipe
 @dataclass(frozen=True)
@@ -33,21 +37,27 @@ class MatchRecipe(Recipe):
     "How to train a single-stream model; a value that makes no sense raises `InputError`."
     batch_size: int = 32  # pairs a step
     rate: float = 1e-4  # peak learning rate
-    weight_decay: float = .01
+    weight_decay: float = .01  # of matrices only
     augment: str = 'none'  # pictures are taken as they are
     swap: float = .5  # probability that a pair gets another picture
     mask: float = .15  # probability that a word piece is to be restored; 0 = no such objective
     whole_words: bool = False  # mask all pieces of a word or none
     alignment: float = 0.  # weight of the word-patch alignment; the original pre-training has 0.1
-    wrong_texts: int = 0  # instead of matching: find the right text among so many wrong ones; the original retrieval has 15
+    wrong_texts: int = 0  # instead of matching: the right text among so many wrong ones; originally 15
 
     def __post_init__(self):
         super().__post_init__()
-        if max(self.swap, self.mask) > 1: raise InputError(f'swap={self.swap}, mask={self.mask}: probabilities')
-        if self.augment != 'none' or self.chunk or self.lock_image or self.freeze_norms or self.layer_decay < 1 or self.keep == 'r1':
-            raise InputError('augment, chunk, lock_image, freeze_norms, layer_decay and keep=r1 are of contrastive training')
+        if max(self.swap, self.mask) > 1:
+            raise InputError(f'swap={self.swap}, mask={self.mask}: probabilities')
+        if (self.augment != 'none' or self.chunk or self.lock_image or self.freeze_norms
+            or self.layer_decay < 1
+                or self.keep == 'r1'):
+            raise InputError('augment, chunk, lock_image, freeze_norms, layer_decay and keep=r1 are of '
+                             'contrastive training')
 
-VILT_RETRIEVAL = MappingProxyType(dict(batch_size=256, rate=1e-4, betas=(.9, .98), weight_decay=.01, wrong_texts=15, mask=0.))  # Kim et al. 2021, 10 epochs
+# Kim et al. 2021, 10 epochs
+VILT_RETRIEVAL = MappingProxyType(dict(batch_size=256, rate=1e-4, betas=(.9, .98), weight_decay=.01,
+                                       wrong_texts=15, mask=0.))
 
 # %% ../nbs/07a_match.ipynb #news-pairs
 @dataclass(frozen=True)
@@ -59,20 +69,28 @@ class NewsPairs:
 
     def __len__(self) -> int: return len(self.ids)
 
-    def pick(self, rows: Sequence[int]) -> 'NewsPairs':
+    def pick(self, rows: Sequence[int]  # places of the pairs
+            ) -> 'NewsPairs':  # len(rows) pairs
         "The pairs at `rows`; the other pictures are let go."
         used = sorted({self.picture_of[row] for row in rows})
         place = {old: new for new, old in enumerate(used)}
-        return NewsPairs(tuple(self.ids[row] for row in rows), tuple(place[self.picture_of[row]] for row in rows),
+        return NewsPairs(tuple(self.ids[row] for row in rows),
+                         tuple(place[self.picture_of[row]] for row in rows),
                          tuple(self.pictures[old] for old in used))
 
-def load_news_pairs(matcher: Matcher, texts: Sequence[str], paths: Sequence[str | Path],  # n of each
+# %% ../nbs/07a_match.ipynb #load-news-pairs
+def load_news_pairs(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+                    texts: Sequence[str],  # n of them
+                    paths: Sequence[str | Path],  # n pictures, one for each text
                     workers: int = 0  # threads that decode; 0 = as many as torch has
-                   ) -> NewsPairs:
+                   ) -> NewsPairs:  # n pairs
     "Tokenise and decode; raises `InputError` naming a picture that cannot be decoded."
-    if not len(texts) == len(paths) > 0: raise InputError(f'{len(texts)} texts and {len(paths)} pictures: as many of each are wanted, at least one')
+    if not len(texts) == len(paths) > 0:
+        raise InputError(f'{len(texts)} texts and {len(paths)} pictures: as many of each are wanted, at '
+                         'least one')
     once = list(dict.fromkeys(map(str, paths)))
-    with ThreadPoolExecutor(workers or torch.get_num_threads()) as pool: loaded = list(pool.map(lambda path: load_picture(path, matcher.rule), once))
+    with ThreadPoolExecutor(workers or torch.get_num_threads()) as pool:
+        loaded = list(pool.map(lambda path: load_picture(path, matcher.rule), once))
     marks = [digest(picture) for picture in loaded]
     kept = {mark: place for place, mark in enumerate(dict.fromkeys(marks))}
     picture_of = {path: kept[mark] for path, mark in zip(once, marks)}
@@ -80,18 +98,27 @@ def load_news_pairs(matcher: Matcher, texts: Sequence[str], paths: Sequence[str 
                      tuple({mark: picture for mark, picture in zip(marks, loaded)}.values()))
 
 # %% ../nbs/07a_match.ipynb #swap
-def right_pictures(pairs: NewsPairs) -> list[frozenset[int]]:
+def right_pictures(pairs: NewsPairs  # n of them
+                  ) -> list[frozenset[int]]:  # n sets of places in `pictures`
     "For each pair the pictures that its text has anywhere; raises `InputError` where that is all of them."
     of_text = {}
     for ids, picture in zip(pairs.ids, pairs.picture_of): of_text.setdefault(ids, set()).add(picture)
     found = {ids: frozenset(own) for ids, own in of_text.items()}
-    if any(len(own) == len(pairs.pictures) for own in found.values()): raise InputError(f'{len(pairs)} pairs with {len(pairs.pictures)} pictures: a text has them all, none is wrong for it')
+    if any(len(own) == len(pairs.pictures) for own in found.values()):
+        raise InputError(f'{len(pairs)} pairs with {len(pairs.pictures)} pictures: a text has them all, '
+                         'none is wrong for it')
     return [found[ids] for ids in pairs.ids]
 
-def draw_pictures(pairs: NewsPairs, right: Sequence[frozenset[int]], rows: Sequence[int], swap: float, draw: np.random.Generator
-                 ) -> tuple[list[int], np.ndarray]:  # a picture for each row; (n,) bool, True where it is the right one
+# %% ../nbs/07a_match.ipynb #draw-pictures
+def draw_pictures(pairs: NewsPairs,  # to learn from
+                  right: Sequence[frozenset[int]],  # of `right_pictures`
+                  rows: Sequence[int],  # places of the pairs
+                  swap: float,  # probability that a pair gets another picture
+                  draw: np.random.Generator  # source of all random numbers
+                 ) -> tuple[list[int], np.ndarray]:  # n pictures; (n,) bool, True where it is the right one
     "The pictures of a batch, swapped with probability `swap`."
-    keeps, pictures = draw.random(len(rows)) >= swap, []
+    keeps = draw.random(len(rows)) >= swap
+    pictures = []
     for row, keep in zip(rows, keeps):
         picture = pairs.picture_of[row]
         while not keep and picture in right[row]: picture = int(draw.integers(len(pairs.pictures)))
@@ -101,63 +128,99 @@ def draw_pictures(pairs: NewsPairs, right: Sequence[frozenset[int]], rows: Seque
 # %% ../nbs/07a_match.ipynb #mask
 IGNORED = -100  # target of positions that are not to be restored
 
-def mask_words(ids: Sequence[Sequence[int]], words,  # tokenizer of the matcher
-               probability: float, whole_words: bool, draw: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:  # inputs, targets
+def mask_words(ids: Sequence[Sequence[int]],  # n texts of word pieces
+               words: BertWordPieceTokenizer,  # tokenizer of the matcher
+               probability: float,  # that a piece is to be restored
+               whole_words: bool,  # all pieces of a word or none
+               draw: np.random.Generator  # source of all random numbers
+              ) -> tuple[list[list[int]], list[list[int]]]:  # inputs, targets
     "Hide word pieces, never the start or the end (Devlin et al. 2019, section 3.1)."
-    mask, size, inputs, targets = words.token_to_id('[MASK]'), words.get_vocab_size(), [], []
+    mask = words.token_to_id('[MASK]')
+    size = words.get_vocab_size()
+    inputs = []
+    targets = []
     for row in ids:
         first = np.array([not (whole_words and words.id_to_token(piece).startswith('##')) for piece in row])
         chosen = (draw.random(len(row)) < probability)[np.maximum(np.cumsum(first) - 1, 0)]
         chosen[[0, -1]] = False
-        how, other = draw.random(len(row)), draw.integers(size, size=len(row))
+        how = draw.random(len(row))
+        other = draw.integers(size, size=len(row))
         inputs.append([piece if not hide else mask if h < .8 else int(o) if h < .9 else piece
                        for piece, hide, h, o in zip(row, chosen, how, other)])
         targets.append([piece if hide else IGNORED for piece, hide in zip(row, chosen)])
     return inputs, targets
 
 # %% ../nbs/07a_match.ipynb #pad
-def pad_texts(matcher: Matcher, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:  # embedded (n, words, dim), bool (n, words)
+def pad_texts(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+              ids: Sequence[Sequence[int]]  # n texts of word pieces
+             ) -> tuple[torch.Tensor, torch.Tensor]:  # embedded and bool, (n, words, …)
     "Embedded texts side by side."
     longest = max(map(len, ids))
     rows = torch.tensor([[*row, *[0]*(longest - len(row))] for row in ids], device=matcher.model.device)
-    return matcher.model.embed_text(rows), torch.tensor([[place < len(row) for place in range(longest)] for row in ids], device=rows.device)
+    return matcher.model.embed_text(rows), torch.tensor([[place < len(row) for place in range(longest)]
+                                                         for row in ids], device=rows.device)
 
-def pad_pictures(matcher: Matcher, pictures: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # embedded (n, 1 + patches, dim), bool (n, 1 + patches)
+# %% ../nbs/07a_match.ipynb #pad-pictures
+def pad_pictures(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+                 pictures: Sequence[torch.Tensor]  # n of (3, height, width) uint8
+                ) -> tuple[torch.Tensor, torch.Tensor]:  # embedded and bool, (n, 1 + patches, …)
     "Embedded pictures side by side, those of one size embedded together."
-    sizes, parts = [picture.shape for picture in pictures], [None]*len(pictures)
+    sizes = [picture.shape for picture in pictures]
+    parts = [None]*len(pictures)
     for size in dict.fromkeys(sizes):
         same = [place for place, own in enumerate(sizes) if own == size]
-        for place, part in zip(same, matcher.model.embed_image(matcher.picture(torch.stack([pictures[place] for place in same])))): parts[place] = part
+        side_by_side = torch.stack([pictures[place] for place in same])
+        for place, part in zip(same, matcher.model.embed_image(matcher.picture(side_by_side))):
+            parts[place] = part
     lengths = torch.tensor([len(part) for part in parts], device=matcher.model.device)
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    places = torch.arange(int(lengths.max()), device=lengths.device)
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), places < lengths[:, None]
 
-def together(text: tuple[torch.Tensor, torch.Tensor], picture: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+# %% ../nbs/07a_match.ipynb #together
+def together(text: tuple[torch.Tensor, torch.Tensor],  # of `pad_texts`
+             picture: tuple[torch.Tensor, torch.Tensor]  # of `pad_pictures`
+            ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (n, words + 1 + patches, dim); bool
     "Input and mask of `encode_pairs`; no mask where nothing is padded."
     x, mask = torch.cat([text[0], picture[0]], dim=1), torch.cat([text[1], picture[1]], dim=1)
     return x, None if mask.all() else mask
 
 # %% ../nbs/07a_match.ipynb #alignment
 def alignment_loss(hidden: torch.Tensor,  # (n, words + 1 + patches, dim) last hidden states
-                   text: torch.Tensor, picture: torch.Tensor,  # bool (n, words), (n, 1 + patches): what is no padding
+                   text: torch.Tensor,  # (n, words) bool, False where padded
+                   picture: torch.Tensor,  # (n, 1 + patches) bool, False where padded
                    right: torch.Tensor  # (n,) bool
-                  ) -> torch.Tensor:
+                  ) -> torch.Tensor:  # scalar
     "Mean transport cost, counted negative for wrong pairs; start, end and class token are left out."
-    rows, columns, places = text.clone(), picture.clone(), torch.arange(len(text), device=text.device)
+    rows = text.clone()
+    columns = picture.clone()
+    places = torch.arange(len(text), device=text.device)
     rows[:, 0] = rows[places, text.sum(1) - 1] = columns[:, 0] = False
     cost = cosine_cost(hidden[:, :text.shape[1]], hidden[:, text.shape[1]:])
-    return (transport_cost(transport_plan(cost.detach(), rows, columns), cost)*torch.where(right, 1, -1)).mean()
+    return (transport_cost(transport_plan(cost.detach(), rows, columns),
+                           cost)*torch.where(right, 1, -1)).mean()
 
 # %% ../nbs/07a_match.ipynb #losses
-def matching_loss(matcher: Matcher, text: tuple, picture: tuple,  # of `pad_texts`, `pad_pictures`
+def matching_loss(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+                  text: tuple,  # n, of `pad_texts`
+                  picture: tuple,  # n, of `pad_pictures`
                   keeps: np.ndarray,  # (n,) bool, True where the picture is the right one
-                  alignment: float = 0.) -> torch.Tensor:
+                  alignment: float = 0.  # weight of the word-patch alignment
+                 ) -> torch.Tensor:  # scalar
     "Binary cross-entropy of matching, and `alignment` times the word-patch alignment."
-    model, (x, mask), target = matcher.model, together(text, picture), torch.tensor(keeps, device=text[0].device)
+    model = matcher.model
+    x, mask = together(text, picture)
+    target = torch.tensor(keeps, device=text[0].device)
     hidden = encode_pairs(model, x, mask, first_only=not alignment)
-    loss = F.binary_cross_entropy_with_logits(model.rank_output(model.vilt.pooler(hidden))[:, 0].float(), target.float())
+    loss = F.binary_cross_entropy_with_logits(model.rank_output(model.vilt.pooler(hidden))[:, 0].float(),
+                                              target.float())
     return loss + alignment*alignment_loss(hidden, text[1], picture[1], target) if alignment else loss
 
-def word_loss(matcher: Matcher, text: tuple, picture: tuple, targets: Sequence[Sequence[int]]) -> torch.Tensor:
+# %% ../nbs/07a_match.ipynb #word-loss
+def word_loss(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+              text: tuple,  # n with hidden pieces, of `pad_texts`
+              picture: tuple,  # the n right ones, of `pad_pictures`
+              targets: Sequence[Sequence[int]]  # n rows of `mask_words`
+             ) -> torch.Tensor:  # scalar
     "Cross-entropy of the hidden word pieces; 0 where none is hidden."
     longest = max(map(len, targets))
     wanted = torch.tensor([[*row, *[IGNORED]*(longest - len(row))] for row in targets], device=text[0].device)
@@ -165,29 +228,51 @@ def word_loss(matcher: Matcher, text: tuple, picture: tuple, targets: Sequence[S
     logits = matcher.model.mlm_score(hidden[wanted != IGNORED])
     return F.cross_entropy(logits.float(), wanted[wanted != IGNORED]) if len(logits) else logits.sum()
 
-def retrieval_loss(matcher: Matcher, texts: tuple,  # of (n*(1 + wrong)) texts, the right one of each picture first
-                   picture: tuple) -> torch.Tensor:
+# %% ../nbs/07a_match.ipynb #retrieval-loss
+def retrieval_loss(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+                   texts: tuple,  # n*(1 + wrong) of `pad_texts`, the right one of each picture first
+                   picture: tuple  # n, of `pad_pictures`
+                  ) -> torch.Tensor:  # scalar
     "Cross-entropy of the right text among wrong ones (Kim et al. 2021, section 4.4)."
     many = len(texts[0])//len(picture[0])
-    logits = match_logits(matcher.model, *together(texts, tuple(part.repeat_interleave(many, dim=0) for part in picture)))
-    return F.cross_entropy(logits.float().view(-1, many), torch.zeros(len(picture[0]), dtype=torch.int64, device=logits.device))
+    logits = match_logits(matcher.model,
+                          *together(texts, tuple(part.repeat_interleave(many, dim=0) for part in picture)))
+    return F.cross_entropy(logits.float().view(-1, many),
+                           torch.zeros(len(picture[0]), dtype=torch.int64, device=logits.device))
 
 # %% ../nbs/07a_match.ipynb #gradients
-def step_loss(matcher: Matcher, pairs: NewsPairs, right: Sequence[frozenset[int]], rows: Sequence[int], recipe: MatchRecipe,
-              step: int) -> dict[str, torch.Tensor]:
+def step_loss(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+              pairs: NewsPairs,  # to learn from
+              right: Sequence[frozenset[int]],  # of `right_pictures`
+              rows: Sequence[int],  # places of the batch's pairs
+              recipe: MatchRecipe,  # how it is trained
+              step: int  # number, counted from 0
+             ) -> dict[str, torch.Tensor]:  # name of the objective -> scalar
     "The losses of one step, by objective."
-    draw, ids, losses = np.random.default_rng(seed_of(recipe.seed, step)), [pairs.ids[row] for row in rows], {}
-    own, shown = pad_texts(matcher, ids), lambda places: pad_pictures(matcher, [pairs.pictures[place] for place in places])
+    draw = np.random.default_rng(seed_of(recipe.seed, step))
+    ids = [pairs.ids[row] for row in rows]
+    losses = {}
+    own = pad_texts(matcher, ids)
+    shown = lambda places: pad_pictures(matcher, [pairs.pictures[place] for place in places])
     if recipe.mask:
         inputs, targets = mask_words(ids, matcher.words, recipe.mask, recipe.whole_words, draw)
-        losses['words'] = word_loss(matcher, pad_texts(matcher, inputs), shown([pairs.picture_of[row] for row in rows]), targets)
+        losses['words'] = word_loss(matcher, pad_texts(matcher, inputs),
+                                    shown([pairs.picture_of[row] for row in rows]), targets)
     if recipe.wrong_texts:
-        texts = [text for row in rows for text in [pairs.ids[row], *draw_texts(pairs, right, row, recipe.wrong_texts, draw)]]
-        return losses | dict(retrieval=retrieval_loss(matcher, pad_texts(matcher, texts), shown([pairs.picture_of[row] for row in rows])))
+        texts = [text for row in rows
+                 for text in [pairs.ids[row], *draw_texts(pairs, right, row, recipe.wrong_texts, draw)]]
+        return losses | dict(retrieval=retrieval_loss(matcher, pad_texts(matcher, texts),
+                                                      shown([pairs.picture_of[row] for row in rows])))
     places, keeps = draw_pictures(pairs, right, rows, recipe.swap, draw)
     return losses | dict(matching=matching_loss(matcher, own, shown(places), keeps, recipe.alignment))
 
-def draw_texts(pairs: NewsPairs, right: Sequence[frozenset[int]], row: int, count: int, draw: np.random.Generator) -> list[tuple[int, ...]]:
+# %% ../nbs/07a_match.ipynb #draw-texts
+def draw_texts(pairs: NewsPairs,  # to learn from
+               right: Sequence[frozenset[int]],  # of `right_pictures`
+               row: int,  # place of the pair
+               count: int,  # texts wanted
+               draw: np.random.Generator  # source of all random numbers
+              ) -> list[tuple[int, ...]]:  # `count` texts of word pieces
     "Texts that do not belong to the picture of `row`."
     found = []
     while len(found) < count:
@@ -195,34 +280,56 @@ def draw_texts(pairs: NewsPairs, right: Sequence[frozenset[int]], row: int, coun
         if pairs.picture_of[row] not in right[other]: found.append(pairs.ids[other])
     return found
 
-def gradients(matcher: Matcher, *given, recipe: MatchRecipe, step: int) -> dict[str, float]:
-    "Leave the gradients of a step in the parameters; raises `FloatingPointError` for a loss that is not finite."
-    with torch.autocast(matcher.model.device.type, torch.bfloat16, enabled=recipe.mixed): losses = step_loss(matcher, *given, recipe, step)
+# %% ../nbs/07a_match.ipynb #gradients-function
+def gradients(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+              *given: Any,  # pairs, right pictures and rows of `step_loss`
+              recipe: MatchRecipe,  # how it is trained
+              step: int  # number, counted from 0
+             ) -> dict[str, float]:  # name of the objective -> loss
+    "Leave the gradients of a step in the parameters; raises `FloatingPointError` for a loss not finite."
+    with torch.autocast(matcher.model.device.type, torch.bfloat16, enabled=recipe.mixed):
+        losses = step_loss(matcher, *given, recipe, step)
     total = sum(losses.values())
-    if not math.isfinite(total.item()): raise FloatingPointError(f'the loss is {total.item()} at step {step}: try a lower rate than {recipe.rate:g}')
+    if not math.isfinite(total.item()):
+        raise FloatingPointError(f'the loss is {total.item()} at step {step}: try a lower rate than '
+                                 f'{recipe.rate:g}')
     total.backward()
     return {name: loss.item() for name, loss in losses.items()}
 
 # %% ../nbs/07a_match.ipynb #validate
 @torch.no_grad()
-def validate_matching(matcher: Matcher, pairs: NewsPairs, recipe: MatchRecipe) -> dict[str, float]:  # val_loss, val_accuracy
-    "Matching on pairs that were not learned from, the same swaps each time; leaves the model in evaluation mode."
+def validate_matching(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+                      pairs: NewsPairs,  # that were not learned from
+                      recipe: MatchRecipe  # how it is trained
+                     ) -> dict[str, float]:  # val_loss, val_accuracy
+    "Matching on other pairs, the same swaps each time; leaves the model in evaluation mode."
     matcher.model.eval()
-    draw, right, losses, hits = np.random.default_rng(seed_of(recipe.seed, 2**31)), right_pictures(pairs), [], []
+    draw = np.random.default_rng(seed_of(recipe.seed, 2**31))
+    right = right_pictures(pairs)
+    losses = []
+    hits = []
     for start in range(0, len(pairs), recipe.batch_size):
         rows = range(start, min(start + recipe.batch_size, len(pairs)))
         for swap in (0., 1.):
             places, keeps = draw_pictures(pairs, right, rows, swap, draw)
             x = together(pad_texts(matcher, [pairs.ids[row] for row in rows]),
                          pad_pictures(matcher, [pairs.pictures[place] for place in places]))
-            with torch.autocast(matcher.model.device.type, torch.bfloat16, enabled=recipe.mixed): logits = match_logits(matcher.model, *x).float().cpu()
-            losses.append(F.binary_cross_entropy_with_logits(logits, torch.tensor(keeps).float(), reduction='none'))
+            with torch.autocast(matcher.model.device.type, torch.bfloat16, enabled=recipe.mixed):
+                logits = match_logits(matcher.model, *x).float().cpu()
+            losses.append(F.binary_cross_entropy_with_logits(logits, torch.tensor(keeps).float(),
+                                                             reduction='none'))
             hits.append((logits > 0) == torch.tensor(keeps))
     return dict(val_loss=float(torch.cat(losses).mean()), val_accuracy=float(torch.cat(hits).float().mean()))
 
 # %% ../nbs/07a_match.ipynb #match-step
-def match_step(matcher: Matcher, optimiser: torch.optim.Optimizer, pairs: NewsPairs, right: Sequence[frozenset[int]], rows: Sequence[int],
-               recipe: MatchRecipe, step: int) -> dict[str, float]:  # step, loss, rate, and each objective's loss
+def match_step(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+               optimiser: torch.optim.Optimizer,  # of the model
+               pairs: NewsPairs,  # to learn from
+               right: Sequence[frozenset[int]],  # of `right_pictures`
+               rows: Sequence[int],  # places of the batch's pairs
+               recipe: MatchRecipe,  # how it is trained
+               step: int  # number, counted from 0
+              ) -> dict[str, float]:  # step, loss, rate, each objective's loss
     "One step of training."
     parts = {}
     def all_gradients() -> float:
@@ -231,62 +338,95 @@ def match_step(matcher: Matcher, optimiser: torch.optim.Optimizer, pairs: NewsPa
     return take_step(matcher.model, optimiser, recipe, step, all_gradients) | parts
 
 # %% ../nbs/07a_match.ipynb #train
-def match_identity(matcher: Matcher, pairs: NewsPairs, valid: NewsPairs | None, recipe: MatchRecipe) -> dict[str, str]:
+def match_identity(matcher: Matcher,  # before its first step
+                   pairs: NewsPairs,  # to learn from
+                   valid: NewsPairs | None,  # validation pairs
+                   recipe: MatchRecipe  # how it is trained
+                  ) -> dict[str, str]:  # name -> setting or fingerprint
     "What a checkpoint must share with the run that goes on from it."
     parts = [part for part in (pairs, valid) if part is not None]
     data = hashlib.sha256(json.dumps([[part.ids, part.picture_of] for part in parts]).encode())
-    for picture in (picture for part in parts for picture in part.pictures): data.update(digest(picture).encode())
+    for picture in (picture for part in parts for picture in part.pictures):
+        data.update(digest(picture).encode())
     return {f'recipe {name}': str(value) for name, value in asdict(recipe).items()} | {
         'data': data.hexdigest(), 'model': digest(*matcher.model.state_dict().values()),
         'architecture': json.dumps(matcher.model.config.to_diff_dict(), sort_keys=True)}
 
-def train_matcher(matcher: Matcher,  # trained in place, left ready to score
-                  pairs: NewsPairs, recipe: MatchRecipe,
-                  valid: NewsPairs | None = None,
-                  folder: Path | None = None,  # of the checkpoint; where it holds one, training goes on from there
-                  save_seconds: float = 300., progress: bool = True) -> tuple[Matcher, list[dict]]:  # as `train` has it, with `val_accuracy`
+# %% ../nbs/07a_match.ipynb #train-matcher
+def train_matcher(
+    matcher: Matcher,  # trained in place, left ready to score
+    pairs: NewsPairs,  # to learn from
+    recipe: MatchRecipe,  # how it is trained
+    valid: NewsPairs | None = None,  # validated on
+    folder: Path | None = None,  # of the checkpoint; where it holds one, training goes on from there
+    save_seconds: float = 300.,  # least time between checkpoints; 0 = after each step
+    progress: bool = True  # whether a bar is shown
+) -> tuple[Matcher, list[dict]]:  # as `train` has it, with `val_accuracy`
     "Train by `recipe`; raises `InputError`, and `FloatingPointError` for a loss that is not finite."
-    if recipe.keep != 'last' and valid is None: raise InputError(f'keep={recipe.keep!r}: wants validation pairs')
-    model, right, order = matcher.model, right_pictures(pairs), batch_order(len(pairs), recipe.batch_size, recipe.steps, recipe.seed)
-    if recipe.wrong_texts and frozenset.intersection(*right): raise InputError(f'wrong_texts={recipe.wrong_texts}: a picture belongs to all texts, none is wrong for it')
-    path, every = folder and Path(folder)/'checkpoint.pt', recipe.validate_every or max(1, len(pairs)//recipe.batch_size)
-    mark = match_identity(matcher, pairs, valid, recipe) if path else {}
-    try:
-        set_modes(model, recipe)
-        optimiser = make_optimiser(model, recipe)
-        history, best = load_checkpoint(path, model, optimiser, mark) if path else ([], None)
-        step = lambda number: match_step(matcher, optimiser, pairs, right, order[number].tolist(), recipe, number)
-        history, best = run_steps(model, optimiser, recipe, step, valid and (lambda: validate_matching(matcher, valid, recipe)), every,
-                                  history, best,
-                                  mark, path, save_seconds, progress)
-        if best: model.load_state_dict(best)
+    if recipe.keep != 'last' and valid is None:
+        raise InputError(f'keep={recipe.keep!r}: wants validation pairs')
+    right = right_pictures(pairs)
+    order = batch_order(len(pairs), recipe.batch_size, recipe.steps, recipe.seed)
+    if recipe.wrong_texts and frozenset.intersection(*right):
+        raise InputError(f'wrong_texts={recipe.wrong_texts}: a picture belongs to all texts, none is '
+                         'wrong for it')
+    path = folder and Path(folder)/'checkpoint.pt'
+    checkpointer = Checkpointer(path, match_identity(matcher, pairs, valid, recipe) if path else {},
+                                save_seconds)
+    model = matcher.model
+    try: history = _match_steps(matcher, pairs, right, order, valid, recipe, checkpointer, progress)
     finally: model.zero_grad(); model.eval().requires_grad_(False)
     taught = {'mlm_score': recipe.mask > 0, 'rank_output': True}
     return replace(matcher, untrained=tuple(head for head in matcher.untrained if not taught[head]),
                    fingerprint=digest(*model.state_dict().values())), history
 
-# %% ../nbs/07a_match.ipynb #trained-matcher
-def trained_matcher(start: Matcher,  # stays as it is
-                    name: str, pairs: NewsPairs, valid: NewsPairs | None, recipe: MatchRecipe,
-                    root: Path,  # folder of all trained models
-                    progress: bool = False,
-                    keep_bytes: float = 20e9,  # disk that the models in `root` may take
-                    save_seconds: float = 60.) -> tuple[Matcher, list[dict]]:  # called `name`; one record a step
-    "Train a copy of `start`, or take it from `root` where it was trained before; a run that was killed goes on."
+# %% ../nbs/07a_match.ipynb #match-steps
+def _match_steps(matcher, pairs, right, order, valid, recipe, checkpointer, progress) -> list[dict]:
+    every = recipe.validate_every or max(1, len(pairs)//recipe.batch_size)
+    set_modes(matcher.model, recipe)
+    optimiser = make_optimiser(matcher.model, recipe)
+    history, best = checkpointer.load(matcher.model, optimiser)
+    step = lambda number: match_step(matcher, optimiser, pairs, right, order[number].tolist(), recipe, number)
+    check = valid and (lambda: validate_matching(matcher, valid, recipe))
+    history, best = run_steps(matcher.model, optimiser, recipe, step, check, every, history, best,
+                              checkpointer,
+                              progress)
+    if best: matcher.model.load_state_dict(best)
+    return history
+
+# %% ../nbs/07a_match.ipynb #key
+def _key(start, pairs, valid, recipe) -> str:
+    "Whatever the weights depend on, the code included, in 24 hexadecimal digits."
     code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
             for module in (newsrepro.match, newsrepro.single_stream, newsrepro.train)]
     with threads_for(start.model): facts = match_identity(start, pairs, valid, recipe) | dict(
         device=start.model.device.type, threads=torch.get_num_threads(), torch=torch.__version__, code=code)
-    folder = Path(root)/hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+# %% ../nbs/07a_match.ipynb #trained-matcher
+def trained_matcher(start: Matcher,  # stays as it is
+                    name: str,  # of what comes back, in tables
+                    pairs: NewsPairs,  # to learn from
+                    valid: NewsPairs | None,  # validation pairs
+                    recipe: MatchRecipe,  # how it is trained
+                    root: Path,  # folder of all trained models
+                    progress: bool = False,  # whether a bar is shown
+                    keep_bytes: float = 20e9,  # disk that the models in `root` may take
+                    save_seconds: float = 60.  # least time between checkpoints; 0 = after each step
+                   ) -> tuple[Matcher, list[dict]]:  # called `name`; one record a step
+    "Train a copy of `start`, or take from `root` what was trained before; a run that was killed goes on."
+    folder = Path(root)/_key(start, pairs, valid, recipe)
     if not (folder/HISTORY).is_file():
-        made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid, folder, save_seconds,
-                                      progress)
+        made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid,
+                                      folder, save_seconds, progress)
         save_vilt(folder, made)
-        with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint,
-                                                                                  steps=history)), encoding='utf-8')
+        with atomic_path(folder/HISTORY) as part:
+            part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint,
+                                            steps=history)), encoding='utf-8')
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     os.utime(folder)
     prune(folder.parent, keep_bytes, folder)
-    known, found = json.loads((folder/HISTORY).read_text(encoding='utf-8')), load_vilt(str(folder), device=str(start.model.device))
-    return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'], untrained=tuple(known['untrained']),
-                   mixed=start.mixed), known['steps']
+    known = json.loads((folder/HISTORY).read_text(encoding='utf-8'))
+    found = load_vilt(str(folder), device=str(start.model.device))
+    return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'],
+                   untrained=tuple(known['untrained']), mixed=start.mixed), known['steps']

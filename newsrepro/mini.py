@@ -62,23 +62,31 @@ class Mention:
     pick: float = 0.  # in [0, 1): which of its names
     plural: bool = False  # more than one, number not told
 
+# %% ../nbs/08_mini.ipynb #thing-names
 @lru_cache(None)
-def thing_names(thing: str, lang: str) -> tuple[tuple[str, str, str, bool], ...]:
+def thing_names(thing: str,  # key into the table's objects
+                lang: str  # 'en' or 'de'
+               ) -> tuple[tuple[str, str, str, bool], ...]:  # (gender, singular, plural, news only) of each
     "The names of `thing` as (gender, singular, plural, news only); gender is empty in English."
     out = []
     for name in world_table()['objects'][thing][lang].split(', '):
-        news, name = name.startswith('+'), name.removeprefix('+')
+        news = name.startswith('+')
+        name = name.removeprefix('+')
         gender, name = name.split(' ', 1) if lang == 'de' else ('', name)
         out.append((gender, *name.split('/'), news))
     return tuple(out)
 
 # %% ../nbs/08_mini.ipynb #english
-NUMBERS = {'en': ('several', 'one', 'two', 'three', 'four', 'five'), 'de': ('mehrere', 'ein', 'zwei', 'drei', 'vier', 'fünf')}
+NUMBERS = {'en': ('several', 'one', 'two', 'three', 'four', 'five'),
+           'de': ('mehrere', 'ein', 'zwei', 'drei', 'vier', 'fünf')}
 
 def _is_plural(m: Mention) -> bool: return m.plural or m.count != 1
-def _wears(m: Mention) -> bool: return 'wears' in world_table()['objects'][m.thing]  # people: the colour is that of their clothes
 
-def english(m: Mention) -> str:
+def _wears(m: Mention) -> bool:  # people: the colour is that of their clothes
+    return 'wears' in world_table()['objects'][m.thing]
+
+def english(m: Mention  # what is told
+           ) -> str:  # with article or number
     "A noun phrase: 'two red cars'."
     _, one, many, _ = (names := thing_names(m.thing, 'en'))[int(m.pick*len(names))]
     noun = many if _is_plural(m) else one
@@ -87,12 +95,16 @@ def english(m: Mention) -> str:
     elif not m.plural: noun = f"{NUMBERS['en'][m.count]} {noun}"
     return noun + (f' reading “{m.word}”' if m.word else '')
 
-# %% ../nbs/08_mini.ipynb #german
+# %% ../nbs/08_mini.ipynb #endings
 ARTICLE = {'nom': {'m': 'ein', 'f': 'eine', 'n': 'ein'}, 'acc': {'m': 'einen', 'f': 'eine', 'n': 'ein'},
            'dat': {'m': 'einem', 'f': 'einer', 'n': 'einem'}}
-ENDING = {'nom': {'m': 'er', 'f': 'e', 'n': 'es'}, 'acc': {'m': 'en', 'f': 'e', 'n': 'es'}, 'dat': dict.fromkeys('mfn', 'en')}
+ENDING = {'nom': {'m': 'er', 'f': 'e', 'n': 'es'}, 'acc': {'m': 'en', 'f': 'e', 'n': 'es'},
+          'dat': dict.fromkeys('mfn', 'en')}
 
-def german(m: Mention, case: str = 'nom') -> str:
+# %% ../nbs/08_mini.ipynb #german
+def german(m: Mention,  # what is told
+           case: str = 'nom'  # 'nom', 'acc' or 'dat'
+          ) -> str:  # with article or number
     "A noun phrase in the given case ('nom', 'acc' or 'dat'): 'zwei roten Autos'."
     gender, one, many, _ = (names := thing_names(m.thing, 'de'))[int(m.pick*len(names))]
     stem = world_table()['colours'][m.colour]['de'] if m.colour else ''
@@ -101,14 +113,18 @@ def german(m: Mention, case: str = 'nom') -> str:
     if _is_plural(m):
         head, _, tail = many.partition(' ')
         if case == 'dat' and head[-1] not in 'ns': head += 'n'
-        noun, ending = f'{head} {tail}'.strip(), 'en' if case == 'dat' else 'e'
+        noun = f'{head} {tail}'.strip()
+        ending = 'en' if case == 'dat' else 'e'
         several = 'mehreren' if case == 'dat' and m.count == 0 else NUMBERS['de'][m.count]
         article = '' if m.plural else several
     else:
         weak = gender == 'w' and case != 'nom'
         sex = 'm' if gender == 'w' else gender
-        noun, ending, article = many if weak else one, ENDING[case][sex], ARTICLE[case][sex]
-    return ' '.join(filter(None, (article, stem and stem+ending, noun))) + after + (f' mit der Aufschrift „{m.word}“' if m.word else '')
+        noun = many if weak else one
+        ending = ENDING[case][sex]
+        article = ARTICLE[case][sex]
+    phrase = ' '.join(filter(None, (article, stem and stem+ending, noun))) + after
+    return phrase + (f' mit der Aufschrift „{m.word}“' if m.word else '')
 
 # %% ../nbs/08_mini.ipynb #line
 @dataclass(frozen=True)
@@ -121,21 +137,22 @@ class Line:
 CASES = {'acc': {'der': 'den', 'die': 'die', 'das': 'das'}, 'dat': {'der': 'dem', 'die': 'der', 'das': 'dem'}}
 
 def decline(phrase: str,  # German, in the nominative, such as 'die alte Brücke'
-            case: str     # 'nom', 'acc' or 'dat'
-           ) -> str:
+            case: str  # 'nom', 'acc' or 'dat'
+           ) -> str:  # still German
     "`phrase` in another case if it begins with a definite article; names stay as they are."
     article, *rest = phrase.split(' ')
     if case == 'nom' or article not in ('der', 'die', 'das'): return phrase
-    if len(rest) > 1 and rest[0].endswith('e') and rest[0].islower() and (case == 'dat' or article == 'der'): rest[0] += 'n'
+    adjective = len(rest) > 1 and rest[0].endswith('e') and rest[0].islower()
+    if adjective and (case == 'dat' or article == 'der'): rest[0] += 'n'
     return ' '.join([CASES[case][article], *rest])
 
 # %% ../nbs/08_mini.ipynb #say
 SLOT = re.compile(r'\{(\w+)(?:\.(\w+))?(?:\?([^|}]*)\|([^}]*))?\}')
 
 def say(line: Line,  # with a slot for every name in its templates
-        lang: str    # 'en' or 'de'
-       ) -> str:
-    "The sentence in `lang`. Raises ValueError where it does not exist in it."
+        lang: str  # 'en' or 'de'
+       ) -> str:  # begins with a capital
+    "The sentence in `lang`. Raises `ValueError` where it does not exist in it."
     template = line.templates[lang == 'de']
     if template is None: raise ValueError(f'no {lang} version of {line.templates[0]!r}')
     def put(m):
@@ -143,7 +160,8 @@ def say(line: Line,  # with a slot for every name in its templates
         value = line.slots[name.lower()]
         if one is not None: return many if _is_plural(value) else one
         if isinstance(value, tuple): value = value[lang == 'de']
-        if isinstance(value, Mention): value = german(value, case or 'nom') if lang == 'de' else english(value)
+        if isinstance(value, Mention):
+            value = german(value, case or 'nom') if lang == 'de' else english(value)
         elif case and lang == 'de': value = decline(value, case)
         return value[0].upper()+value[1:] if name[0].isupper() else value
     text = SLOT.sub(put, template)
@@ -153,42 +171,43 @@ def say(line: Line,  # with a slot for every name in its templates
 @dataclass(frozen=True)
 class Event:
     "Something that is reported on for some days."
-    topic: str
+    topic: str                 # key into the table's topics
     slots: dict                # names and phrases of its reports
-    scene: str
+    scene: str                 # key into the table's scenes
     groups: tuple[Group, ...]  # objects that its pictures like to show
-    end: datetime
+    end: datetime              # no report after it
 
 # %% ../nbs/08_mini.ipynb #story-record
 @dataclass(frozen=True)
 class Story:
     "An article before it is put in a language."
-    event: Event
-    date: datetime
-    picture: Picture
+    event: Event               # what it is about
+    date: datetime             # of publication
+    picture: Picture           # printed beside it
     use: Print                 # of the picture
-    title: Line
-    paragraphs: tuple[tuple[Line, ...], ...] = ()
+    title: Line                # of a tweet all there is
+    paragraphs: tuple[tuple[Line, ...], ...] = ()  # sentences of each; the opening first
     rough: int = 0             # seed of slang and typos; 0 = none
 
 # %% ../nbs/08_mini.ipynb #render
-def render(story: Story,     # from `tell`
+def render(story: Story,  # from `tell`
            lang: str = 'en'  # 'en' or 'de'
-          ) -> tuple[str, str]:
-    "Title and text of `story`, paragraphs separated by newlines. Raises ValueError for a German tweet."
+          ) -> tuple[str, str]:  # title, text
+    "Title and text of `story`, paragraphs separated by newlines. Raises `ValueError` for a German tweet."
     title = say(story.title, lang)
     if story.rough: title = roughen(title, random.Random(story.rough))
     return title, '\n'.join(' '.join(say(line, lang) for line in p) for p in story.paragraphs)
 
 # %% ../nbs/08_mini.ipynb #roughen
-SLANG = {'you': 'u', 'are': 'r', 'because': 'bc', 'people': 'ppl', 'please': 'pls', 'before': 'b4', 'with': 'w/', 'and': '&', 'great': 'gr8',
+SLANG = {'you': 'u', 'are': 'r', 'because': 'bc', 'people': 'ppl', 'please': 'pls', 'before': 'b4',
+         'with': 'w/', 'and': '&', 'great': 'gr8',
          'several': 'sooo many'}
 
-def roughen(text: str,           # a tweet
-            rng: random.Random,
+def roughen(text: str,  # a tweet
+            rng: random.Random,  # source of all draws
             slang: float = .12,  # chance for a word that has a slang form
-            typo: float = .04    # chance for a longer word
-           ) -> str:
+            typo: float = .04  # chance for a longer word
+           ) -> str:  # a tweet as people type it
     "Slang and typos for some words; names with @, # and addresses stay."
     def rough(word):
         if word in SLANG and rng.random() < slang: return SLANG[word]
@@ -199,10 +218,10 @@ def roughen(text: str,           # a tweet
     return text.lower() if rng.random() < .3 and 'http' not in text else text
 
 # %% ../nbs/08_mini.ipynb #drift
-def season(time: float,   # 0 = first day of the collection, 1 = last
-           peak: float,   # time of the peak; the season is a circle
-           drift: float   # 0 = none
-          ) -> float:
+def season(time: float,  # 0 = first day of the collection, 1 = last
+           peak: float,  # time of the peak; the season is a circle
+           drift: float  # 0 = none
+          ) -> float:  # between exp(-drift) and exp(drift)
     "Weight of something in season around `peak`: between exp(-drift) and exp(drift)."
     if not drift: return 1.
     return math.exp(drift*math.cos(2*math.pi*(time-peak)))
@@ -210,7 +229,11 @@ def season(time: float,   # 0 = first day of the collection, 1 = last
 def _draw(rng: random.Random, weights: dict):
     return rng.choices(list(weights), list(weights.values()))[0]
 
-def drifting_name(rng: random.Random, names: list, time: float, drift: float) -> str:
+def drifting_name(rng: random.Random,  # source of all draws
+                  names: list,  # in the order of their days
+                  time: float,  # 0 = first day of the collection, 1 = last
+                  drift: float  # strength of change over time; 0 = none
+                 ) -> str:  # a member of `names`
     "One of `names` (or pairs); with drift, those in the first half of the list belong to early days."
     spread = 1/(1+.8*drift)
     return names[int((time*(1-spread)+rng.random()*spread)*len(names)*.999)]
@@ -219,22 +242,33 @@ def drifting_name(rng: random.Random, names: list, time: float, drift: float) ->
 BIAS = {'portal': {'transport': 1.8, 'crime': 1.6, 'culture': 1.4, 'space': .5, 'war': .4},
         'RT': {'war': 2.2, 'politics': 1.8, 'energy': 1.6, 'leisure': .5},
         'TW': {'football': 1.6, 'tech': 1.5, 'culture': 1.3, 'animals': 1.4}, 'RSS': {}}
-def a_topic(rng: random.Random, source: str, time: float, drift: float) -> str:
+
+def a_topic(rng: random.Random,  # source of all draws
+            source: str,  # 'portal', 'RSS', 'RT' or 'TW'
+            time: float,  # 0 = first day of the collection, 1 = last
+            drift: float  # strength of change over time; 0 = none
+           ) -> str:  # key into the table's topics
     "A topic in season, as `source` likes them."
     topics = world_table()['topics']
     return _draw(rng, {k: BIAS[source].get(k, 1)*season(time, t['peak'], drift) for k, t in topics.items()})
 
 # %% ../nbs/08_mini.ipynb #group
-SINGLE = {'flood', 'sun', 'moon', 'crowd', 'volcano', 'crown', 'scales', 'bridge'}  # one of a kind in a picture
+# one of a kind in a picture
+SINGLE = {'flood', 'sun', 'moon', 'crowd', 'volcano', 'crown', 'scales', 'bridge'}
 
 @lru_cache(256)   # a story asks many times for its own topic and time
 def _things(topic: str, time: float, drift: float) -> dict:
     things = world_table()['topics'][topic]['objects']
     return {k: w*season(time, i/len(things), drift/2) for i, (k, w) in enumerate(things.items())}
 
-def a_group(rng: random.Random, topic: str, time: float, drift: float) -> Group:
+def a_group(rng: random.Random,  # source of all draws
+            topic: str,  # key into the table's topics
+            time: float,  # 0 = first day of the collection, 1 = last
+            drift: float  # strength of change over time; 0 = none
+           ) -> Group:  # one to five of a thing
     "Objects of a topic, in season."
-    objects, thing = world_table()['objects'], _draw(rng, _things(topic, time if drift else 0., drift))
+    objects = world_table()['objects']
+    thing = _draw(rng, _things(topic, time if drift else 0., drift))
     count = 1 if thing in SINGLE else rng.choices((1, 2, 3, 4, 5), (58, 18, 12, 7, 5))[0]
     word = rng.choice(world_table()['signs']) if thing in ('sign', 'screen') else ''
     return Group(thing, rng.choice(objects[thing]['colours'] or ['']), count, word)
@@ -242,37 +276,61 @@ def a_group(rng: random.Random, topic: str, time: float, drift: float) -> Group:
 # %% ../nbs/08_mini.ipynb #event
 def _person(rng: random.Random, time: float, drift: float, names: dict) -> tuple[str, bool]:
     female = rng.random() < .5
-    return f"{rng.choice(names['female' if female else 'male'])} {drifting_name(rng, names['last'], time, drift)}", female
+    first = rng.choice(names['female' if female else 'male'])
+    return f"{first} {drifting_name(rng, names['last'], time, drift)}", female
 
-def a_event(rng: random.Random, topic: str, time: float, date: datetime, drift: float, cast: str = 'names') -> Event:
+# %% ../nbs/08_mini.ipynb #a-event
+def a_event(rng: random.Random,  # source of all draws
+            topic: str,  # key into the table's topics
+            time: float,  # 0 = first day of the collection, 1 = last
+            date: datetime,  # of its first day
+            drift: float,  # strength of change over time; 0 = none
+            cast: str = 'names'  # key of the table with people and places
+           ) -> Event:  # lasts 3 to 30 days
     "A new event of `topic` that begins on `date`, with the people and places of the table `cast`."
     t, names = world_table()['topics'][topic], world_table()[cast]
     place, place2 = (drifting_name(rng, names['place'], time, drift) for _ in range(2))
     (person, female), (person2, _) = _person(rng, time, drift, names), _person(rng, time, drift, names)
     role, org = rng.choice(t['role']), rng.choice(t['org'])
     male_role, _, female_role = role[1].partition('/')
-    slots = dict(place=place, place2=place2, person=person, person2=person2, saga=tuple(drifting_name(rng, t['saga'], time, drift/2)),
-                 role=(role[0], female_role if female else male_role), org=tuple(o.format(place=place) for o in org))
+    slots = dict(place=place, place2=place2, person=person, person2=person2,
+                 saga=tuple(drifting_name(rng, t['saga'], time, drift/2)),
+                 role=(role[0], female_role if female else male_role),
+                 org=tuple(o.format(place=place) for o in org))
     groups = tuple(a_group(rng, topic, time, drift) for _ in range(2))
     return Event(topic, slots, _draw(rng, t['scenes']), groups, date+timedelta(days=rng.randint(3, 30)))
 
 # %% ../nbs/08_mini.ipynb #shot
-SIZES = {'portal': ((200, 110), (200, 110), (180, 120)), 'RSS': ((210, 140), (200, 150), (160, 160)), 'RT': ((216, 122), (216, 122), (192, 128)),
-         'TW': ((200, 112), (160, 160), (128, 160), (180, 135)), 'captions': ((192, 128), (160, 160), (200, 112), (176, 132), (120, 150), (240, 160))}
+SIZES = {'portal': ((200, 110), (200, 110), (180, 120)), 'RSS': ((210, 140), (200, 150), (160, 160)),
+         'RT': ((216, 122), (216, 122), (192, 128)),
+         'TW': ((200, 112), (160, 160), (128, 160), (180, 135)),
+         'captions': ((192, 128), (160, 160), (200, 112), (176, 132), (120, 150), (240, 160))}
 
 # %% ../nbs/08_mini.ipynb #air
-def an_air(rng: random.Random, scene: str, topic: str = '') -> str:
+def an_air(rng: random.Random,  # source of all draws
+           scene: str,  # key into the table's scenes
+           topic: str = ''  # key into the table's topics; storms bring rain
+          ) -> str:  # key into the table's `air`
     "Light or weather that the scene allows."
     if world_table()['scenes'][scene]['kind'] not in ('out', 'water'): return 'day'
     cold = scene in ('snow', 'mountains')
-    return _draw(rng, dict(day=50, dusk=14, night=14, rain=35 if topic == 'storm' else 8 - 7*cold, snowfall=20 if cold else 3, fog=6))
+    return _draw(rng, dict(day=50, dusk=14, night=14, rain=35 if topic == 'storm' else 8 - 7*cold,
+                           snowfall=20 if cold else 3, fog=6))
 
-# %% ../nbs/08_mini.ipynb #a-shot
+# %% ../nbs/08_mini.ipynb #fits
 def _fits(group: Group, kind: str) -> bool:
     at = world_table()['objects'][group.thing]['at']
     return kind not in {'water': ('in', 'space'), 'sky': ('in', 'water'), 'bottom': ('in',)}.get(at, ())
 
-def a_shot(rng: random.Random, source: str, topic: str, scene: str, groups: list[Group], time: float, drift: float) -> Picture:
+# %% ../nbs/08_mini.ipynb #a-shot
+def a_shot(rng: random.Random,  # source of all draws
+           source: str,  # key into `SIZES`
+           topic: str,  # key into the table's topics
+           scene: str,  # key into the table's scenes
+           groups: list[Group],  # objects of the event
+           time: float,  # 0 = first day of the collection, 1 = last
+           drift: float  # strength of change over time; 0 = none
+          ) -> Picture:  # with one to four groups
     "A picture of `topic` with (most of) `groups` and others in `scene`."
     kind = world_table()['scenes'][scene]['kind']
     wanted = rng.choices((1, 2, 3, 4), (12, 36, 34, 18))[0]
@@ -281,58 +339,85 @@ def a_shot(rng: random.Random, source: str, topic: str, scene: str, groups: list
     for g in pool:
         if len(shown) < wanted and (_fits(g, kind) or rng.random() < .15): shown.setdefault(g.thing, g)
     shown = shown or {pool[0].thing: pool[0]}
-    return Picture(scene, tuple(shown.values()), an_air(rng, scene, topic), rng.choice(SIZES[source]), rng.getrandbits(32))
+    return Picture(scene, tuple(shown.values()), an_air(rng, scene, topic), rng.choice(SIZES[source]),
+                   rng.getrandbits(32))
 
 # %% ../nbs/08_mini.ipynb #a-print
-def a_print(rng: random.Random, again: bool = False) -> Print:
+def a_print(rng: random.Random,  # source of all draws
+            again: bool = False  # whether it was used before
+           ) -> Print:  # crop, exposure and compression
     "How a picture is printed; one that was used before is cropped and exposed differently."
     cut = .12 if again else .04
     crop = 0., 0., 1., 1.
-    if again or rng.random() < .4: crop = rng.uniform(0, cut), rng.uniform(0, cut), 1-rng.uniform(0, cut), 1-rng.uniform(0, cut)
-    return Print(crop, round(rng.uniform(.85, 1.18), 3), rng.randint(55, 92), rng.choices((0, 1, 2, 3), (45, 25, 20, 10))[0])
+    if again or rng.random() < .4:
+        crop = rng.uniform(0, cut), rng.uniform(0, cut), 1-rng.uniform(0, cut), 1-rng.uniform(0, cut)
+    return Print(crop, round(rng.uniform(.85, 1.18), 3), rng.randint(55, 92),
+                 rng.choices((0, 1, 2, 3), (45, 25, 20, 10))[0])
 
 # %% ../nbs/08_mini.ipynb #mention
-def mention(rng: random.Random, group: Group, detail: float) -> Mention:
+def mention(rng: random.Random,  # source of all draws
+            group: Group,  # of a picture
+            detail: float  # chance to be told, for each of colour, word and count
+           ) -> Mention:  # what the text tells of it
     "What a writer tells about `group`: colour and count each with chance `detail`."
     colour = group.colour if rng.random() < detail else ''
-    word, pick = group.word if rng.random() < detail else '', rng.random()
+    word = group.word if rng.random() < detail else ''
+    pick = rng.random()
     if group.count == 1: return Mention(group.thing, colour, 1, word, pick)
     if rng.random() < detail: return Mention(group.thing, colour, group.count, word, pick)
     several = group.count > 2 and rng.random() < .5
     return Mention(group.thing, colour, 0 if several else 1, word, pick, plural=not several)
 
 # %% ../nbs/08_mini.ipynb #mentions
-def mentions(rng: random.Random, world: World, topic: str, picture: Picture, time: float) -> list[Mention]:
+def mentions(rng: random.Random,  # source of all draws
+             world: World,  # sizes and difficulty
+             topic: str,  # key into the table's topics
+             picture: Picture,  # what is shown
+             time: float  # 0 = first day of the collection, 1 = last
+            ) -> list[Mention]:  # in the order of telling
     "What the opening names: part of the picture, and sometimes an object that is not in it."
     told = [mention(rng, g, world.detail) for g in picture.groups if rng.random() < world.named][:3]
     shown = {g.thing for g in picture.groups}
     other = a_group(rng, topic, time, world.drift)
-    if rng.random() < world.unseen and other.thing not in shown: told.insert(rng.randint(0, len(told)), mention(rng, other, world.detail))
+    if rng.random() < world.unseen and other.thing not in shown:
+        told.insert(rng.randint(0, len(told)), mention(rng, other, world.detail))
     return told
 
-# %% ../nbs/08_mini.ipynb #opening
+# %% ../nbs/08_mini.ipynb #pick-pair
 def _pick_pair(rng, pairs) -> tuple: return tuple(rng.choice(pairs))
 
 def _phrase(rng, table, key) -> tuple:
-    "A (English, German) surface of a scene or of light and weather; both languages list them in the same order."
+    "A (English, German) surface of a scene or of light and weather, both listed in the same order."
     i = rng.randrange(len(table[key]['en']))
     return table[key]['en'][i], table[key]['de'][i]
 
-def opening(rng: random.Random, world: World, slots: dict, picture: Picture, told: list[Mention]) -> list[Line]:
+# %% ../nbs/08_mini.ipynb #opening
+def opening(rng: random.Random,  # source of all draws
+            world: World,  # sizes and difficulty
+            slots: dict,  # names and phrases of the story
+            picture: Picture,  # what is shown
+            told: list[Mention]  # what the title left
+           ) -> list[Line]:  # in random order
     "The first sentences: what is left to tell of `told`, the scene, light or weather."
     table = world_table()
-    S, told, lines = table['sentences'], list(told), []
-    slots = slots | {'scene': _phrase(rng, table['scenes'], picture.scene), 'air': _phrase(rng, table['air'], picture.air)}
-    scene, air = rng.random() < world.scene_named, picture.air != 'day' and rng.random() < world.scene_named
-    if told and scene and rng.random() < .5: lines.append(Line(_pick_pair(rng, S['seen_both']), slots | {'v': told.pop(0)}))
+    S = table['sentences']
+    told = list(told)
+    lines = []
+    slots = slots | {'scene': _phrase(rng, table['scenes'], picture.scene),
+                     'air': _phrase(rng, table['air'], picture.air)}
+    scene = rng.random() < world.scene_named
+    air = picture.air != 'day' and rng.random() < world.scene_named
+    if told and scene and rng.random() < .5:
+        lines.append(Line(_pick_pair(rng, S['seen_both']), slots | {'v': told.pop(0)}))
     elif scene: lines.append(Line(_pick_pair(rng, S['seen_scene']), slots))
-    if len(told) > 1: lines.append(Line(_pick_pair(rng, S['seen_two']), slots | {'v': told.pop(0), 'w': told.pop(0)}))
+    if len(told) > 1:
+        lines.append(Line(_pick_pair(rng, S['seen_two']), slots | {'v': told.pop(0), 'w': told.pop(0)}))
     lines += [Line(_pick_pair(rng, S['seen']), slots | {'v': m}) for m in told]
     if air: lines.append(Line(_pick_pair(rng, S['seen_air']), slots))
     rng.shuffle(lines)
     return lines
 
-# %% ../nbs/08_mini.ipynb #body
+# %% ../nbs/08_mini.ipynb #slots
 def _slots(rng: random.Random, event: Event, time: float, drift: float) -> dict:
     "The event's slots and fresh ones: a day, a number, jargon, objects nobody photographed."
     days = world_table()['names']['day']
@@ -343,7 +428,13 @@ def _slots(rng: random.Random, event: Event, time: float, drift: float) -> dict:
     return event.slots | dict(day=(days[0][i], days[1][i]), n=str(rng.randint(12, 96)), v=v, w=w,
                               jargon=tuple(rng.choice(world_table()['topics'][event.topic]['jargon'])))
 
-def body(rng: random.Random, event: Event, time: float, drift: float, paragraphs: tuple[int, int]) -> list[tuple[Line, ...]]:
+# %% ../nbs/08_mini.ipynb #body
+def body(rng: random.Random,  # source of all draws
+         event: Event,  # reported on
+         time: float,  # 0 = first day of the collection, 1 = last
+         drift: float,  # strength of change over time; 0 = none
+         paragraphs: tuple[int, int]  # fewest and most
+        ) -> list[tuple[Line, ...]]:  # sentences of each paragraph
     "Paragraphs of two to four sentences that no picture shows."
     pool = world_table()['topics'][event.topic]['fact'] + world_table()['sentences']['body']
     pool = iter(rng.sample(pool, len(pool)))
@@ -351,20 +442,30 @@ def body(rng: random.Random, event: Event, time: float, drift: float, paragraphs
             for _ in range(rng.randint(*paragraphs))]
 
 # %% ../nbs/08_mini.ipynb #tell
-def tell(rng: random.Random, world: World, event: Event, date: datetime, time: float, picture: Picture, use: Print,
-         paragraphs: tuple[int, int] = (3, 6)) -> Story:
+def tell(rng: random.Random,  # source of all draws
+         world: World,  # sizes and difficulty
+         event: Event,  # reported on
+         date: datetime,  # of publication
+         time: float,  # 0 = first day of the collection, 1 = last
+         picture: Picture,  # what is shown
+         use: Print,  # how the picture is printed
+         paragraphs: tuple[int, int] = (3, 6)  # fewest and most, after the opening
+        ) -> Story:  # in no language yet
     "An article about `event` with `picture`: title, opening, body."
     topic, S = world_table()['topics'][event.topic], world_table()['sentences']
-    told, slots = mentions(rng, world, event.topic, picture, time), _slots(rng, event, time, world.drift)
+    told = mentions(rng, world, event.topic, picture, time)
+    slots = _slots(rng, event, time, world.drift)
     slots['scene'] = _phrase(rng, world_table()['scenes'], picture.scene)
-    visual, plain = ([p for p in topic['head']*2 + S['head'] if '{a' in p[0]], [p for p in topic['head'] if '{a' not in p[0]] + S['head_plain'])
+    visual = [p for p in topic['head']*2 + S['head'] if '{a' in p[0]]
+    plain = [p for p in topic['head'] if '{a' not in p[0]] + S['head_plain']
     if told and rng.random() < .75: title = Line(_pick_pair(rng, visual), slots | {'a': told.pop(0)})
     else: title = Line(_pick_pair(rng, plain), slots)
     first = opening(rng, world, slots, picture, told)
     fact = Line(_pick_pair(rng, topic['fact']), _slots(rng, event, time, world.drift))
-    return Story(event, date, picture, use, title, ((*first, fact), *body(rng, event, time, world.drift, paragraphs)))
+    return Story(event, date, picture, use, title,
+                 ((*first, fact), *body(rng, event, time, world.drift, paragraphs)))
 
-# %% ../nbs/08_mini.ipynb #tweet
+# %% ../nbs/08_mini.ipynb #other
 MOODS = '😱 😂 🔥 🙏 👀 💔 🎉 😡 🤔 😍 👏 🚨'.split()
 
 def _other(rng, told, picture, topic, time) -> Group:
@@ -372,33 +473,54 @@ def _other(rng, told, picture, topic, time) -> Group:
     pool = [*picture.groups, *(a_group(rng, topic, time, 0.) for _ in range(20))]
     return next(g for g in pool if g.thing != told.thing)
 
-def tweet(rng: random.Random, world: World, event: Event, date: datetime, time: float, picture: Picture, use: Print) -> Story:
+# %% ../nbs/08_mini.ipynb #tweet
+def tweet(rng: random.Random,  # source of all draws
+          world: World,  # sizes and difficulty
+          event: Event,  # reported on
+          date: datetime,  # of publication
+          time: float,  # 0 = first day of the collection, 1 = last
+          picture: Picture,  # what is shown
+          use: Print  # how the picture is printed
+         ) -> Story:  # one line, English only
     "A tweet about `event` with `picture`."
-    table, topic = world_table(), world_table()['topics'][event.topic]
-    told, slots = mentions(rng, world, event.topic, picture, time), _slots(rng, event, time, world.drift)
-    if len(told) == 1: told.append(mention(rng, _other(rng, told[0], picture, event.topic, time), world.detail))
+    table = world_table()
+    topic = world_table()['topics'][event.topic]
+    told = mentions(rng, world, event.topic, picture, time)
+    slots = _slots(rng, event, time, world.drift)
+    if len(told) == 1:
+        told.append(mention(rng, _other(rng, told[0], picture, event.topic, time), world.detail))
     tags = rng.sample(topic['tags'], rng.randint(1, 2)) + [slots['place']]*(rng.random() < .3)
     thing = table['objects'][told[0].thing]['emoji'] if told else topic['emoji']
     slots |= dict(zip('ab', told)) | dict(
-        scene=_phrase(rng, table['scenes'], picture.scene), air=_phrase(rng, table['air'], picture.air), placetag=slots['place'],
-        user='@'+rng.choice(table['names']['user']), user2='@'+rng.choice(table['names']['user']), tags=' '.join('#'+t for t in tags),
+        scene=_phrase(rng, table['scenes'], picture.scene), air=_phrase(rng, table['air'], picture.air),
+        placetag=slots['place'],
+        user='@'+rng.choice(table['names']['user']), user2='@'+rng.choice(table['names']['user']),
+        tags=' '.join('#'+t for t in tags),
         emoji=rng.choice(MOODS)+thing*(rng.random() < .4), link=f'https://t.example/{rng.getrandbits(40):x}')
     pool = table['sentences']['tweet' if told else 'tweet_plain']
     visible = lambda t: sum(s in t.lower() for s in ('{a}', '{b}', '{scene}'))
     template = max(rng.choice(pool), rng.choice(pool), key=visible)   # the more telling of two
     return Story(event, date, picture, use, Line((template, None), slots), (), rng.getrandbits(31) | 1)
 
-# %% ../nbs/08_mini.ipynb #news
+# %% ../nbs/08_mini.ipynb #periods
 PARAGRAPHS = {'portal': (2, 4), 'RSS': (3, 5), 'RT': (3, 6)}
 PERIOD = {'portal': ('2019-01-01', '2019-04-30'), 'RSS': ('2022-01-03', '2022-06-30'),
           'RT': ('2022-01-05', '2022-06-28'), 'TW': ('2022-01-01', '2022-07-02')}
 
-def news(world: World, source: str, sizes: tuple[int, int], seed: int) -> list[Story]:
+# %% ../nbs/08_mini.ipynb #news
+def news(world: World,  # sizes and difficulty
+         source: str,  # 'portal', 'RSS', 'RT' or 'TW'
+         sizes: tuple[int, int],  # articles for training and test
+         seed: int  # of every draw
+        ) -> list[Story]:  # sum of `sizes` stories
     "The stories of one source in order of time, training part first."
-    rng, (n_train, n_test) = random.Random(f'{seed} {source}'), sizes
+    rng = random.Random(f'{seed} {source}')
+    n_train, n_test = sizes
     begin, end = map(datetime.fromisoformat, PERIOD[source])
     times = sorted(rng.random() for _ in range(n_train+n_test))
-    running, used, out = {}, {}, []
+    running = {}
+    used = {}
+    out = []
     for i, time in enumerate(times):
         if i == n_train: used = {}   # a new pool of pictures
         date = (begin + (end-begin)*time).replace(microsecond=0)
@@ -414,25 +536,31 @@ def news(world: World, source: str, sizes: tuple[int, int], seed: int) -> list[S
         out.append(tweet(*args) if source == 'TW' else tell(*args, PARAGRAPHS[source]))
     return out
 
+# %% ../nbs/08_mini.ipynb #picture
 def _picture(rng, world, source, event, time) -> Picture:
     "A picture of the event, or only of its topic."
-    symbolic, scenes = rng.random() < world.symbolic, world_table()['topics'][event.topic]['scenes']
+    symbolic = rng.random() < world.symbolic
+    scenes = world_table()['topics'][event.topic]['scenes']
     scene = _draw(rng, scenes) if symbolic or rng.random() < .35 else event.scene
     return a_shot(rng, source, event.topic, scene, [] if symbolic else list(event.groups), time, world.drift)
 
 # %% ../nbs/08_mini.ipynb #dress
-CREDITS = {'en': ['stock photo', 'photo', 'picture', 'illustration', 'wallpaper', 'vector image', 'royalty free image', 'clip art'],
+CREDITS = {'en': ['stock photo', 'photo', 'picture', 'illustration', 'wallpaper', 'vector image',
+                  'royalty free image', 'clip art'],
            'de': ['Foto', 'Bild', 'Symbolbild', 'Archivbild', 'Illustration', 'Stockfoto']}
 AGENCIES = 'pixstock imago_x freepix fotolux vistapool bildwerk snapbase'.split()
 
 def _dress(rng, text, told, lang) -> str:
     "`text` as a shop, an agency, a blog or a camera would write it."
-    kind, credit = rng.random(), rng.choice(CREDITS[lang])
+    kind = rng.random()
+    credit = rng.choice(CREDITS[lang])
     if kind < .45: return text[0].upper()+text[1:] if rng.random() < .5 else text
     if kind < .60: return f'{credit}: {text}'
     if kind < .70: return f'{text} | {rng.choice(AGENCIES)} {rng.randint(1000, 99999)}'
     if kind < .80: return text.title() if lang == 'en' else text[0].upper()+text[1:]+f' – {credit}'
-    if kind < .90: return f"{text} {' '.join(world_table()['objects'][m.thing]['emoji'] for m in told)} #{credit.split()[0].lower()}"
+    if kind < .90:
+        emoji = ' '.join(world_table()['objects'][m.thing]['emoji'] for m in told)
+        return f'{text} {emoji} #{credit.split()[0].lower()}'
     if kind < .97: return f'IMG_{rng.randint(1, 9999):04d} {text}'.lower()
     return rng.choice({'en': ['click to enlarge', 'untitled', 'image may contain: '+text],
                        'de': ['zum Vergrößern klicken', 'ohne Titel', 'Bild zeigt: '+text]}[lang])
@@ -440,41 +568,59 @@ def _dress(rng, text, told, lang) -> str:
 # %% ../nbs/08_mini.ipynb #captions
 JOIN = {'en': ('and', 'with', 'next to', 'near', ','), 'de': ('und', 'und', ',')}
 
-def caption(rng: random.Random, picture: Picture, lang: str) -> str:
+def caption(rng: random.Random,  # source of all draws
+            picture: Picture,  # what is shown
+            lang: str  # 'en' or 'de'
+           ) -> str:  # as the web would have it
     "An alt text for `picture`: true, but neither complete nor tidy."
     table = world_table()
-    told = [m for i, m in enumerate(_caption_mention(rng, g, lang) for g in picture.groups) if i == 0 or rng.random() < .85]
+    told = [m for i, m in enumerate(_caption_mention(rng, g, lang) for g in picture.groups) if i == 0
+            or rng.random() < .85]
     rng.shuffle(told)
     phrases = [german(m) if lang == 'de' else english(m) for m in told]
     places = [rng.choice(table['scenes'][picture.scene][lang])]*(rng.random() < .7)
-    airs = [rng.choice(table['air'][picture.air][lang])]*(picture.air != 'day' and rng.random() < .7 or rng.random() < .03)
+    airs = [rng.choice(table['air'][picture.air][lang])]*(picture.air != 'day' and rng.random() < .7
+                                                          or rng.random() < .03)
     text = phrases[0]
     for p in phrases[1:]: text += ('' if (j := rng.choice(JOIN[lang])) == ',' else ' ')+j+' '+p
     text = ' '.join([text, *places, *airs])
     return _dress(rng, text, told, lang)
 
+# %% ../nbs/08_mini.ipynb #caption-mention
 def _caption_mention(rng, group, lang) -> Mention:
     "Captions tell colour and count more often than news and seldom use the words of the news."
-    m, names = mention(rng, group, .75), thing_names(group.thing, lang)
+    m = mention(rng, group, .75)
+    names = thing_names(group.thing, lang)
     usual = [i for i, n in enumerate(names) if not n[3]]
     if rng.random() < .96: m = replace(m, pick=(rng.choice(usual)+.5)/len(names))
     return m
 
 # %% ../nbs/08_mini.ipynb #press-line
-def press_line(rng: random.Random, world: World, topic: str, picture: Picture, lang: str) -> str:
+def press_line(rng: random.Random,  # source of all draws
+               world: World,  # sizes and difficulty
+               topic: str,  # key into the table's topics
+               picture: Picture,  # what is shown
+               lang: str  # 'en' or 'de'
+              ) -> str:  # one line
     "Headline and opening that a press agency sends along with `picture`."
-    date, faithful = datetime(2018, 1, 1), replace(world, named=.9, unseen=.1, detail=.6, scene_named=.6, drift=0.)
+    date = datetime(2018, 1, 1)
+    faithful = replace(world, named=.9, unseen=.1, detail=.6, scene_named=.6, drift=0.)
     event = a_event(rng, topic, rng.random(), date, 0., cast='press')
-    if lang == 'en' and rng.random() < .3: return render(tweet(rng, faithful, event, date, 0., picture, a_print(rng)))[0]
+    if lang == 'en' and rng.random() < .3:
+        return render(tweet(rng, faithful, event, date, 0., picture, a_print(rng)))[0]
     title, text = render(tell(rng, faithful, event, date, 0., picture, a_print(rng), paragraphs=(0, 0)), lang)
     return f'{title} {text}'
 
 # %% ../nbs/08_mini.ipynb #captioned
-def captioned(world: World, seed: int) -> Iterator[tuple[str, str, str, Picture, Print]]:
-    "(alt text, language, press line or '', picture, print): half of the pictures mix things as the news does, half at random."
-    rng, table = random.Random(f'{seed} captions'), world_table()
+def captioned(world: World,  # sizes and difficulty
+              seed: int  # of every draw
+             ) -> Iterator[tuple[str, str, str, Picture, Print]]:  # of each of `world.captions` pictures
+    "(alt text, language, press line or '', picture, print), half with things as in the news, half at random."
+    rng = random.Random(f'{seed} captions')
+    table = world_table()
     for _ in range(world.captions):
-        topic, time = rng.choice(list(table['topics'])), rng.random()
+        topic = rng.choice(list(table['topics']))
+        time = rng.random()
         usual = rng.random() < .5
         scene = _draw(rng, table['topics'][topic]['scenes']) if usual else rng.choice(list(table['scenes']))
         groups = [] if usual else [_any_group(rng) for _ in range(4)]
@@ -483,27 +629,39 @@ def captioned(world: World, seed: int) -> Iterator[tuple[str, str, str, Picture,
         line = press_line(rng, world, topic, picture, lang) if rng.random() < world.press else ''
         yield caption(rng, picture, lang), lang, line, picture, a_print(rng)
 
+# %% ../nbs/08_mini.ipynb #any-group
 def _any_group(rng) -> Group:
     objects = world_table()['objects']
     thing = rng.choice(list(objects))
     word = rng.choice(world_table()['signs']) if thing in ('sign', 'screen') else ''
     colour = rng.choice(objects[thing]['colours'] or [''])
-    return Group(thing, colour, 1 if thing in SINGLE else rng.choices((1, 2, 3, 4, 5), (50, 18, 14, 10, 8))[0], word)
+    return Group(thing, colour,
+                 1 if thing in SINGLE else rng.choices((1, 2, 3, 4, 5), (50, 18, 14, 10, 8))[0], word)
 
 # %% ../nbs/08_mini.ipynb #tables
-def _write_table(path: Path, header: list[str], rows: list, encoding='utf-8', end='\n', delimiter='\t') -> None:
+def _write_table(path: Path, header: list[str], rows: list, encoding='utf-8', end='\n',
+                 delimiter='\t') -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', encoding=encoding, newline='') as f:
         out = csv.writer(f, delimiter=delimiter, lineterminator=end)
         out.writerows([header, *rows])
 
-def defects(rng: random.Random, world: World, n: int) -> dict[int, str]:
-    "Which of `n` pictures are missing or broken: index -> 'missing', 'truncated' or 'html'; at least one of each."
+def defects(rng: random.Random,  # source of all draws
+            world: World,  # sizes and difficulty
+            n: int  # how many there are
+           ) -> dict[int, str]:  # index -> 'missing', 'truncated' or 'html'
+    "Which of `n` pictures are missing or broken, at least one of each kind."
     gone, bad = max(2, round(world.missing*n)), max(2, round(world.broken*n))
     chosen = rng.sample(range(n), gone+bad)
-    return dict.fromkeys(chosen[:gone], 'missing') | {i: ('truncated', 'html')[k % 2] for k, i in enumerate(chosen[gone:])}
+    broken = {i: ('truncated', 'html')[k % 2] for k, i in enumerate(chosen[gone:])}
+    return dict.fromkeys(chosen[:gone], 'missing') | broken
 
-def articles(world: World, stories: list[Story], lang: str, rng: random.Random) -> list[tuple[str, str]]:
+# %% ../nbs/08_mini.ipynb #articles
+def articles(world: World,  # sizes and difficulty
+             stories: list[Story],  # of one part
+             lang: str,  # 'en' or 'de'
+             rng: random.Random  # source of all draws
+            ) -> list[tuple[str, str]]:  # title and text of each
     "Titles and texts; a few articles have neither."
     empty = set(rng.sample(range(len(stories)), max(2, round(world.textless*len(stories)))))
     return [('', '') if i in empty else render(s, lang) for i, s in enumerate(stories)]
@@ -511,19 +669,31 @@ def articles(world: World, stories: list[Story], lang: str, rng: random.Random) 
 # %% ../nbs/08_mini.ipynb #portal
 LINKED = ['article', 'aid', 'url', 'img', 'iid', 'hashvalue', 'title', 'text', 'imgFile']
 
-def write_portal(root: Path, world: World, seed: int) -> list[tuple]:
+def write_portal(root: Path,  # folder to write into
+                 world: World,  # sizes and difficulty
+                 seed: int  # of every draw
+                ) -> list[tuple]:  # arguments of `write_picture`
     "Write the tables of the German portal into `root`; returns the drawing jobs."
-    rng, stories, n_train = random.Random(f'{seed} portal files'), news(world, 'portal', world.portal, seed), world.portal[0]
+    rng = random.Random(f'{seed} portal files')
+    stories = news(world, 'portal', world.portal, seed)
+    n_train = world.portal[0]
     texts = articles(world, stories[:n_train], 'de', rng) + articles(world, stories[n_train:], 'de', rng)
-    bad = defects(rng, world, n_train) | {n_train+i: d for i, d in defects(rng, world, len(stories)-n_train).items()}
-    ids, iids, rows, jobs = 509005000, rng.sample(range(118000, 139000), len(stories)), [], []
+    bad = defects(rng, world, n_train)
+    bad |= {n_train+i: d for i, d in defects(rng, world, len(stories)-n_train).items()}
+    ids = 509005000
+    iids = rng.sample(range(118000, 139000), len(stories))
+    rows = []
+    jobs = []
     for i, (s, (title, text), iid) in enumerate(zip(stories, texts, iids)):
         ids += rng.randint(11, 4000)
-        name = f'{rng.randint(23000000, 32999999)}{rng.getrandbits(128):032x}{rng.choice("abcdxyz")}{rng.choice("ABCDXYZ")}'
+        name = (f'{rng.randint(23000000, 32999999)}{rng.getrandbits(128):032x}'
+                f'{rng.choice("abcdxyz")}{rng.choice("ABCDXYZ")}')
         url = f'https://portal.example/{s.event.topic}/artikel-{ids}'
         picture = f'https://portal.example/image/{name}.jpg'
-        rows.append([str(ids), str(118171+i), url, picture, str(iid), name, title, text, f'{name}.jpg', str(s.date)])
-        if bad.get(i) != 'missing': jobs.append((root/'images'/f'{name}.jpg', s.picture, s.use, bad.get(i, '')))
+        rows.append([str(ids), str(118171+i), url, picture, str(iid), name, title, text, f'{name}.jpg',
+                     str(s.date)])
+        if bad.get(i) != 'missing':
+            jobs.append((root/'images'/f'{name}.jpg', s.picture, s.use, bad.get(i, '')))
     _write_portal_tables(root, rows, n_train, rng)
     return jobs
 
@@ -531,59 +701,85 @@ def write_portal(root: Path, world: World, seed: int) -> list[tuple]:
 def _obfuscated(article: str) -> str: return '1' + article[4:] + article[:4]
 
 def _write_portal_tables(root, rows, n_train, rng) -> None:
-    third, test = math.ceil(n_train/3), rows[n_train:]
-    for k in range(3): _write_table(root/f'content2019-0{k+1}.tsv', LINKED+['Date'], rows[k*third:min(n_train, (k+1)*third)], end='\r\n')
+    third = math.ceil(n_train/3)
+    test = rows[n_train:]
+    for k in range(3):
+        _write_table(root/f'content2019-0{k+1}.tsv', LINKED+['Date'],
+                     rows[k*third:min(n_train, (k+1)*third)], end='\r\n')
     _write_table(root/'content2019-04-gt.tsv', LINKED+['Date'], test, end='\r\n')
     texts = [[_obfuscated(r[0]), '', r[2], '', '', '', r[6], r[7], r[9]] for r in test]
     images = [[r[3], r[4], r[8]] for r in test]
     rng.shuffle(texts); rng.shuffle(images)
     header = ['articleID', 'aid', 'url', '', '', 'hashvalue', 'title', 'text', 'Date']
     _write_table(root/'MediaEvalNewsImagesBatch04articles.tsv', header, texts, 'cp1252', '\r\n')
-    _write_table(root/'MediaEvalNewsImagesBatch04images.tsv', ['img', 'iid', 'imgFile'], images+[['', '', '']], end='\r\n')
+    _write_table(root/'MediaEvalNewsImagesBatch04images.tsv', ['img', 'iid', 'imgFile'],
+                 images+[['', '', '']], end='\r\n')
 
 # %% ../nbs/08_mini.ipynb #sets
-def write_set(root: Path, source: str, world: World, seed: int) -> list[tuple]:
+def write_set(root: Path,  # folder to write into
+              source: str,  # 'RSS', 'RT' or 'TW'
+              world: World,  # sizes and difficulty
+              seed: int  # of every draw
+             ) -> list[tuple]:  # arguments of `write_picture`
     "Write the tables of RSS, RT or TW into `root`; returns the drawing jobs."
-    lang, sizes = ('de' if source == 'RT' else 'en'), getattr(world, source.lower())
-    rng, stories, n_train = random.Random(f'{seed} {source} files'), news(world, source, sizes, seed), sizes[0]
+    lang = 'de' if source == 'RT' else 'en'
+    sizes = getattr(world, source.lower())
+    rng = random.Random(f'{seed} {source} files')
+    stories = news(world, source, sizes, seed)
+    n_train = sizes[0]
     texts = articles(world, stories[:n_train], lang, rng) + articles(world, stories[n_train:], lang, rng)
-    bad = defects(rng, world, n_train) | {n_train+i: d for i, d in defects(rng, world, len(stories)-n_train).items()}
-    rows, jobs, ids = [], [], {'RSS': 200000, 'RT': 400000, 'TW': 600000}[source]   # no id in two sets
+    bad = defects(rng, world, n_train)
+    bad |= {n_train+i: d for i, d in defects(rng, world, len(stories)-n_train).items()}
+    rows, jobs = [], []
+    ids = {'RSS': 200000, 'RT': 400000, 'TW': 600000}[source]   # no id in two sets
     for i, (s, (title, text)) in enumerate(zip(stories, texts)):
         ids += rng.randint(1, 90)
         iid, host = f'{rng.getrandbits(128):032X}', f'{source.lower()}.example'
-        rows.append([str(ids), str(i+1), f'https://{host}/{ids}', f'https://{host}/media/{iid}.jpg', iid, f'{rng.getrandbits(64):016x}',
-                     title, text, f'{iid}.jpg', str(s.date)])
-        if bad.get(i) != 'missing': jobs.append((root/'images'/f'{iid}.jpg', s.picture, s.use, bad.get(i, '')))
+        rows.append([str(ids), str(i+1), f'https://{host}/{ids}', f'https://{host}/media/{iid}.jpg', iid,
+                     f'{rng.getrandbits(64):016x}', title, text, f'{iid}.jpg', str(s.date)])
+        if bad.get(i) != 'missing':
+            jobs.append((root/'images'/f'{iid}.jpg', s.picture, s.use, bad.get(i, '')))
+    _write_set_tables(root, source, rows, n_train)
+    return jobs
+
+# %% ../nbs/08_mini.ipynb #set-tables
+def _write_set_tables(root, source, rows, n_train) -> None:
     test = rows[n_train:]
     _write_table(root/f'{source}_train.tsv', LINKED+['Date'], rows[:n_train])
     _write_table(root/f'{source}_test_truth.tsv', LINKED+['Date'], test)
-    _write_table(root/f'{source}_test_articles.tsv', ['article', 'aid', 'url', 'hashvalue', 'title', 'text', 'Date'],
+    _write_table(root/f'{source}_test_articles.tsv',
+                 ['article', 'aid', 'url', 'hashvalue', 'title', 'text', 'Date'],
                  sorted([r[0], r[1], r[2], '', r[6], r[7], r[9]] for r in test))
-    _write_table(root/f'{source}_test_images.tsv', ['img', 'iid', 'imgFile'], sorted([r[3], r[4], r[8]] for r in test))
-    return jobs
+    _write_table(root/f'{source}_test_images.tsv', ['img', 'iid', 'imgFile'],
+                 sorted([r[3], r[4], r[8]] for r in test))
 
 # %% ../nbs/08_mini.ipynb #plain
-def write_captions(root: Path, world: World, seed: int) -> list[tuple]:
+def write_captions(root: Path,  # folder to write into
+                   world: World,  # sizes and difficulty
+                   seed: int  # of every draw
+                  ) -> list[tuple]:  # arguments of `write_picture`
     "Write the captioned corpus in the plain layout into `root`; returns the drawing jobs."
     rows, jobs = [], []
     for i, (text, lang, line, picture, use) in enumerate(captioned(world, seed)):
-        rows += [[f'c{i:05d}{mark}', words, lang, f'p{i:05d}'] for mark, words in (('', text), ('-press', line)) if words]
+        rows += [[f'c{i:05d}{mark}', words, lang, f'p{i:05d}']
+                 for mark, words in (('', text), ('-press', line)) if words]
         jobs.append((root/'images'/f'p{i:05d}.jpg', picture, use))
     _write_table(root/'captions.csv', ['article_id', 'title', 'lang', 'image_id'], rows, delimiter=',')
     return jobs
 
 def caption_texts(root: str | Path  # what `make_mini` returned
-                 ) -> list[str]:
+                 ) -> list[str]:  # alt texts and press lines, in their order
     "All captions, to learn a vocabulary from."
-    with open(Path(root)/'captions'/'captions.csv', encoding='utf-8', newline='') as f: return [row['title'] for row in csv.DictReader(f)]
+    with open(Path(root)/'captions'/'captions.csv', encoding='utf-8', newline='') as f:
+        return [row['title'] for row in csv.DictReader(f)]
 
 # %% ../nbs/08_mini.ipynb #marker
 MARKER = 'mini.json'
 
 def _settings(world: World, seed: int) -> dict:
     table = json.dumps(world_table(), sort_keys=True).encode()
-    return {'format': 1, 'seed': seed, 'world': json.loads(json.dumps(asdict(world))), 'table': sha256(table).hexdigest()}
+    return {'format': 1, 'seed': seed, 'world': json.loads(json.dumps(asdict(world))),
+            'table': sha256(table).hexdigest()}
 
 def _made_by(root: Path) -> dict | None:
     return json.loads((root/MARKER).read_text(encoding='utf-8')) if (root/MARKER).is_file() else None
@@ -608,22 +804,26 @@ def _move(build: Path, root: Path, settings: dict) -> None:
         if _made_by(root) != settings: raise
 
 # %% ../nbs/08_mini.ipynb #make
-def make_mini(root: str | Path,           # folder to make; must not hold anything else
-              seed: int = 0,              # of every draw
-              workers: int | None = None, # processes that draw; None = one per processor. The result does not depend on it
-              world: World = World()      # sizes and difficulty
-             ) -> Path:
-    "Make all mini collections: `newsimages2021`, `newsimages2022/{RSS,RT,TW}` and `captions`. Raises InputError where `root` holds other files."
-    root, settings = Path(root).absolute(), _settings(world, seed)
+def make_mini(root: str | Path,  # folder to make; must not hold anything else
+              seed: int = 0,  # of every draw
+              workers: int | None = None,  # processes that draw, the result the same; None = one a processor
+              world: World = World()  # sizes and difficulty
+             ) -> Path:  # `root`, complete
+    "Make `newsimages2021`, `newsimages2022/{RSS,RT,TW}`, `captions`; `InputError` where other files are."
+    root = Path(root).absolute()
+    settings = _settings(world, seed)
     if root.exists():
         if _made_by(root) == settings: return root
         if not root.is_dir() or (any(root.iterdir()) and not _made_by(root)):
-            raise InputError(f'{root}: holds other files; name an empty or a new folder for the mini collections')
+            raise InputError(f'{root}: holds other files; name an empty or a new folder for the mini '
+                             'collections')
     root.parent.mkdir(parents=True, exist_ok=True)
     build = Path(mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
     try:
-        jobs = write_captions(build/'captions', world, seed) + write_portal(build/'newsimages2021', world, seed)
-        for source in ('RSS', 'RT', 'TW'): jobs += write_set(build/'newsimages2022'/source, source, world, seed)
+        jobs = write_captions(build/'captions', world,
+                              seed) + write_portal(build/'newsimages2021', world, seed)
+        for source in ('RSS', 'RT', 'TW'):
+            jobs += write_set(build/'newsimages2022'/source, source, world, seed)
         _draw_all(jobs, workers or len(os.sched_getaffinity(0)))
         (build/MARKER).write_text(json.dumps(settings, indent=1)+'\n', encoding='utf-8')
         _move(build, root, settings)

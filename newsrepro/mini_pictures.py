@@ -20,8 +20,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 # %% ../nbs/08a_pictures.ipynb #world-table
 @lru_cache
-def world_table() -> dict:
-    "Everything the mini world knows: paints, objects, scenes, weather, topics, sentences, names, each in English and German."
+def world_table() -> dict:  # read once; do not change it
+    "All the mini world knows: paints, objects, scenes, weather, topics, sentences, names, in both languages."
     return json.loads(files('newsrepro').joinpath('mini_world.json').read_text(encoding='utf-8'))
 
 # %% ../nbs/08a_pictures.ipynb #description-code
@@ -53,12 +53,13 @@ class Print:
     size: tuple[int, int] = (0, 0)  # width and height in pixels; (0, 0) keeps the crop's
 
 # %% ../nbs/08a_pictures.ipynb #parse
-FIGURE = ('R {1} 30,60 48,100; R {1} 52,60 70,100; P {0} 24,26 76,26 86,60 74,62 71,48 71,66 29,66 29,48 26,62 14,60; '
+FIGURE = ('R {1} 30,60 48,100; R {1} 52,60 70,100; P {0} 24,26 76,26 86,60 74,62 71,48 71,66 29,66 29,48 '
+          '26,62 14,60; '
           'E s 12,57 24,68; E s 76,57 88,68; E s 33,0 67,25; A h 32,-2 68,24 180 360')
 
 @lru_cache(None)
 def parse(drawing: str  # primitives separated by semicolons
-         ) -> tuple[tuple, ...]:
+         ) -> tuple[tuple, ...]:  # (operation, paint, other arguments, xs, ys) of each
     "The primitives of `drawing` as (operation, paint, other arguments, xs, ys)."
     out = []
     for part in drawing.split(';'):
@@ -78,27 +79,30 @@ def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
     "DejaVu Sans, which comes with matplotlib."
     import matplotlib
     name = 'DejaVuSans-Bold.ttf' if bold else 'DejaVuSans.ttf'
-    return ImageFont.truetype(Path(matplotlib.get_data_path())/'fonts'/'ttf'/name, size, layout_engine=ImageFont.Layout.BASIC)
+    path = Path(matplotlib.get_data_path())/'fonts'/'ttf'/name
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 def _letter(draw, text, box, ink, bold) -> None:
     "Write `text` as large as `box` (left, top, right, bottom) allows."
     w, h = box[2]-box[0], box[3]-box[1]
     size = int(min(h, 1.35*w/len(text)))//2*2
-    if size >= 4: draw.text(((box[0]+box[2])/2, (box[1]+box[3])/2), text, fill=ink, font=_font(size, bold), anchor='mm')
+    if size >= 4:
+        draw.text(((box[0]+box[2])/2, (box[1]+box[3])/2), text, fill=ink, font=_font(size, bold), anchor='mm')
 
 def _windows(draw, frame, columns, rows, ink) -> None:
     left, top, right, bottom = frame
     dx, dy = (right-left)/columns, (bottom-top)/rows
     for i in range(columns):
-        for j in range(rows): draw.rectangle((left+(i+.2)*dx, top+(j+.2)*dy, left+(i+.8)*dx, top+(j+.8)*dy), fill=ink)
+        for j in range(rows):
+            draw.rectangle((left+(i+.2)*dx, top+(j+.2)*dy, left+(i+.8)*dx, top+(j+.8)*dy), fill=ink)
 
 # %% ../nbs/08a_pictures.ipynb #sketch
 def sketch(draw: ImageDraw.ImageDraw,  # to draw on
-           drawing: str,               # primitives
-           box: tuple,                 # left, top, width, height in pixels of the 100 by 100 box
-           paints: dict,               # paint letter -> RGB
-           flip: bool = False,         # mirrored?
-           word: str = ''              # for `T`
+           drawing: str,  # primitives
+           box: tuple,  # left, top, width, height in pixels of the 100 by 100 box
+           paints: dict,  # paint letter -> RGB
+           flip: bool = False,  # mirrored?
+           word: str = ''  # for `T`
           ) -> None:
     "Draw the primitives of `drawing` into `box`; unknown operations are skipped."
     left, top, w, h = box
@@ -106,12 +110,15 @@ def sketch(draw: ImageDraw.ImageDraw,  # to draw on
     unit = min(w, h)/100
     for op, paint, args, xs, ys in parse(drawing):
         if not paint: continue
-        ink, X, Y = paints[paint], [x0+sx*x for x in xs], [top+sy*y for y in ys]
+        ink = paints[paint]
+        X = [x0+sx*x for x in xs]
+        Y = [top+sy*y for y in ys]
         if op == 'P':   draw.polygon(list(zip(X, Y)), fill=ink)
-        elif op == 'L': draw.line(list(zip(X, Y)), fill=ink, width=max(1, round(unit*float(args[0]))), joint='curve' if len(X) > 2 else None)
+        elif op == 'L':
+            width = max(1, round(unit*float(args[0])))
+            draw.line(list(zip(X, Y)), fill=ink, width=width, joint='curve' if len(X) > 2 else None)
         else:
-            X.sort(); Y.sort()
-            frame = X[0], Y[0], X[-1], Y[-1]
+            frame = min(X), min(Y), max(X), max(Y)
             if op == 'R':   draw.rectangle(frame, fill=ink)
             elif op == 'E': draw.ellipse(frame, fill=ink)
             elif op == 'O': draw.ellipse(frame, outline=ink, width=max(1, round(unit*float(args[0]))))
@@ -126,49 +133,68 @@ HAIR = (40, 30, 26), (96, 62, 36), (196, 158, 84), (150, 148, 146), (140, 66, 34
 
 def shade(rgb: tuple,  # 0 to 255 each
           factor: float  # below 1 darker, above 1 towards white
-         ) -> tuple[int, int, int]:
+         ) -> tuple[int, int, int]:  # 0 to 255 each
     "A darker or lighter shade of `rgb`."
     if factor > 1: return tuple(int(255-(255-c)*(2-factor)) for c in rgb)
     return tuple(int(c*factor) for c in rgb)
 
-def paints(rng: random.Random,    # gives this object's skin, hair and exact shade
-           colour: str = 'grey',  # name of the main colour
-          ) -> dict[str, tuple]:
+def paints(rng: random.Random,  # gives this object's skin, hair and exact shade
+           colour: str = 'grey'  # name of the main colour
+          ) -> dict[str, tuple]:  # paint letter -> RGB
     "Paint letter -> RGB for one object of the given colour."
     table = world_table()
     light = rng.randint(-12, 12)
-    main = tuple(min(255, max(0, c+light+rng.randint(-6, 6))) for c in table['colours'][colour or 'grey']['rgb'])
+    main = tuple(min(255, max(0, c+light+rng.randint(-6, 6)))
+                 for c in table['colours'][colour or 'grey']['rgb'])
     fixed = {k: tuple(v) for k, v in table['paints'].items()}
-    return fixed | {'*': main, 'd': shade(main, .7), 'i': shade(main, 1.45), 's': rng.choice(SKIN), 'h': rng.choice(HAIR)}
+    return fixed | {'*': main, 'd': shade(main, .7), 'i': shade(main, 1.45), 's': rng.choice(SKIN),
+                    'h': rng.choice(HAIR)}
 
-# %% ../nbs/08a_pictures.ipynb #stage
-@dataclass
-class Stage:
-    "A canvas with a horizon, a palette and a source of chance; coordinates are fractions of the picture."
-    draw: ImageDraw.ImageDraw
-    size: tuple[int, int]   # width and height in pixels
-    horizon: float          # 0 top, 1 bottom
-    ink: dict               # paint letter -> RGB
-    rng: random.Random
-    ground: tuple = (0, 0, 0)
-    
+# %% ../nbs/08a_pictures.ipynb #shapes
+class _Shapes:
+    "What a `Stage` draws: filled with `rgb` (0 to 255 each), in fractions of the picture."
     def rect(self, x0, y0, x1, y1, rgb):
         w, h = self.size
         self.draw.rectangle((x0*w, y0*h, max(x0, x1)*w, max(y0, y1)*h), fill=rgb)
     def oval(self, x, y, rx, ry, rgb):
         w, h = self.size
         self.draw.ellipse(((x-rx)*w, (y-ry)*h, (x+rx)*w, (y+ry)*h), fill=rgb)
-    def poly(self, points, rgb): self.draw.polygon([(x*self.size[0], y*self.size[1]) for x, y in points], fill=rgb)
+    def poly(self, points, rgb):
+        w, h = self.size
+        self.draw.polygon([(x*w, y*h) for x, y in points], fill=rgb)
     def line(self, points, rgb, width=.01):
-        self.draw.line([(x*self.size[0], y*self.size[1]) for x, y in points], fill=rgb, width=max(1, round(width*self.size[1])))
-    def dim(self, rgb, spread=.18): return shade(rgb, 1+self.rng.uniform(-spread, spread))
-    def u(self, a, b): return self.rng.uniform(a, b)
+        w, h = self.size
+        self.draw.line([(x*w, y*h) for x, y in points], fill=rgb, width=max(1, round(width*h)))
+
+# %% ../nbs/08a_pictures.ipynb #stage
+@dataclass
+class Stage(_Shapes):
+    "A canvas with a horizon, a palette and a source of chance; coordinates are fractions of the picture."
+    draw: ImageDraw.ImageDraw  # of the canvas
+    size: tuple[int, int]      # width and height in pixels
+    horizon: float             # 0 top, 1 bottom
+    ink: dict                  # paint letter -> RGB
+    rng: random.Random         # of everything left open
+    ground: tuple = (0, 0, 0)  # RGB below the horizon
+
+    def dim(self, rgb: tuple,  # 0 to 255 each
+                  spread: float = .18  # largest change of the factor
+           ) -> tuple[int, int, int]:  # 0 to 255 each
+        "A shade of `rgb`, lighter or darker by chance."
+        return shade(rgb, 1+self.rng.uniform(-spread, spread))
+
+    def u(self, a: float,  # lower end
+                b: float  # upper end
+         ) -> float:  # drawn evenly
+        "A number between `a` and `b`."
+        return self.rng.uniform(a, b)
 
 # %% ../nbs/08a_pictures.ipynb #features-town
 def _skyline(s, n, tall=.34, low=.12):
     x = -.02
     while x < 1:
-        w, h = s.u(.6, 1.4)/int(n), s.u(low, tall)
+        w = s.u(.6, 1.4)/int(n)
+        h = s.u(low, tall)
         body = s.dim(s.rng.choice([(150, 140, 132), (176, 160, 140), (128, 136, 148), (164, 120, 104)]))
         s.rect(x, s.horizon-h, x+w, s.horizon, body)
         W, H = s.size
@@ -176,11 +202,14 @@ def _skyline(s, n, tall=.34, low=.12):
         _windows(s.draw, facade, s.rng.randint(2, 3), max(1, int(h*16)), shade(body, s.rng.choice([.6, 1.5])))
         x += w
 
+# %% ../nbs/08a_pictures.ipynb #towers
 def _towers(s, n): _skyline(s, n, .62, .16)
 
 def _houses(s, n):
     for i in range(int(n)):
-        x, w, h = (i+s.u(0, .4))/int(n), .7/int(n), s.u(.12, .2)
+        x = (i+s.u(0, .4))/int(n)
+        w = .7/int(n)
+        h = s.u(.12, .2)
         y = s.horizon
         s.rect(x, y-h, x+w, y, s.dim(s.rng.choice([(226, 214, 190), (214, 180, 150), (200, 206, 210)])))
         s.poly([(x-.01, y-h), (x+w/2, y-h-.1), (x+w+.01, y-h)], s.dim((150, 70, 54)))
@@ -189,10 +218,15 @@ def _houses(s, n):
 # %% ../nbs/08a_pictures.ipynb #features-work
 def _ruins(s, n):
     for i in range(int(n)):
-        x, w, h, y = (i+s.u(-.2, .3))/int(n), .8/int(n), s.u(.14, .4), s.horizon
-        s.poly([(x, y), (x, y-h), (x+.25*w, y-.8*h), (x+.45*w, y-h*1.05), (x+.7*w, y-.5*h), (x+w, y-.6*h), (x+w, y)], s.dim((128, 120, 112)))
+        x = (i+s.u(-.2, .3))/int(n)
+        w = .8/int(n)
+        h = s.u(.14, .4)
+        y = s.horizon
+        s.poly([(x, y), (x, y-h), (x+.25*w, y-.8*h), (x+.45*w, y-h*1.05), (x+.7*w, y-.5*h), (x+w, y-.6*h),
+                (x+w, y)], s.dim((128, 120, 112)))
         s.rect(x+.2*w, y-.6*h, x+.35*w, y-.35*h, (50, 48, 48))
 
+# %% ../nbs/08a_pictures.ipynb #scaffold
 def _scaffold(s, n):
     top = s.horizon-s.u(.3, .45)
     s.rect(.3, top, .95, s.horizon, s.dim((190, 170, 150)))
@@ -212,21 +246,27 @@ def _stalls(s, n):
 
 # %% ../nbs/08a_pictures.ipynb #features-land
 def _ridge(s, paint, height):
-    h, rgb = float(height)/100, s.dim(s.ink[paint])
+    h = float(height)/100
+    rgb = s.dim(s.ink[paint])
     points = [(i/9, s.horizon-s.u(.25, 1)*h) for i in range(10)]
     s.poly([(0, s.horizon), *points, (1, s.horizon)], rgb)
 
 def _peaks(s, n):
     for i in range(int(n)):
-        x, h, w = (i+s.u(.1, .9))/int(n), s.u(.3, .52), s.u(.2, .32)
+        x = (i+s.u(.1, .9))/int(n)
+        h = s.u(.3, .52)
+        w = s.u(.2, .32)
         y = s.horizon
         s.poly([(x-w, y), (x, y-h), (x+w, y)], s.dim((116, 122, 136)))
-        s.poly([(x-w*.3, y-h*.7), (x, y-h), (x+w*.3, y-h*.7), (x+w*.1, y-h*.62), (x-w*.05, y-h*.72)], (244, 246, 250))
+        s.poly([(x-w*.3, y-h*.7), (x, y-h), (x+w*.3, y-h*.7), (x+w*.1, y-h*.62), (x-w*.05, y-h*.72)],
+               (244, 246, 250))
 
+# %% ../nbs/08a_pictures.ipynb #dunes
 def _dunes(s, n):
     for i in range(int(n)):
         y = s.horizon+.12*i
-        s.poly([(0, 1), (0, y+s.u(-.08, .08)), (s.u(.2, .8), y-s.u(.02, .12)), (1, y+s.u(-.04, .1)), (1, 1)], s.dim(s.ground, .14))
+        s.poly([(0, 1), (0, y+s.u(-.08, .08)), (s.u(.2, .8), y-s.u(.02, .12)), (1, y+s.u(-.04, .1)), (1, 1)],
+               s.dim(s.ground, .14))
 
 def _furrows(s, paint):
     for i in range(11): s.line([(.5+(i-5)*.05, s.horizon), (.5+(i-5)*.26, 1)], s.dim(s.ink[paint], .1), .02)
@@ -234,18 +274,23 @@ def _furrows(s, paint):
 # %% ../nbs/08a_pictures.ipynb #features-plants
 def _trees(s, n):
     for i in range(int(n)):
-        x, r = (i+s.u(0, 1))/int(n), s.u(.04, .08)
+        x = (i+s.u(0, 1))/int(n)
+        r = s.u(.04, .08)
         s.rect(x-.006, s.horizon-.06, x+.006, s.horizon+.01, (96, 66, 42))
         s.oval(x, s.horizon-.09, r*.7, r, s.dim((62, 128, 60), .3))
 
 def _firs(s, n):
     for i in range(int(n)):
-        x, h = (i+s.u(0, 1))/int(n), s.u(.12, .24)
+        x = (i+s.u(0, 1))/int(n)
+        h = s.u(.12, .24)
         s.poly([(x-.04, s.horizon+.02), (x, s.horizon-h), (x+.04, s.horizon+.02)], s.dim((44, 96, 62)))
 
+# %% ../nbs/08a_pictures.ipynb #trunks
 def _trunks(s, n):
     for i in range(int(n)):
-        x, w, y = (i+s.u(0, 1))/int(n), s.u(.015, .04), s.horizon+s.u(-.02, .1)
+        x = (i+s.u(0, 1))/int(n)
+        w = s.u(.015, .04)
+        y = s.horizon+s.u(-.02, .1)
         s.rect(x, 0, x+w, y, s.dim((88, 66, 48), .3))
     for _ in range(12): s.oval(s.u(0, 1), s.u(0, .14), s.u(.06, .14), s.u(.05, .1), s.dim((52, 110, 58), .3))
 
@@ -296,13 +341,16 @@ def _columns(s, paint, n):
         x = (i+.3)/int(n)
         s.rect(x, .04, x+.05, s.horizon, s.dim(s.ink[paint], .08))
 
+# %% ../nbs/08a_pictures.ipynb #panels
 def _panels(s, paint, n):
-    for i in range(int(n)): s.rect((i+.12)/int(n), .06, (i+.88)/int(n), s.horizon-.06, s.dim(s.ink[paint], .2))
+    for i in range(int(n)):
+        s.rect((i+.12)/int(n), .06, (i+.88)/int(n), s.horizon-.06, s.dim(s.ink[paint], .2))
 
 def _shelves(s, n):
     for j in range(int(n)):
         y = .08+j*(s.horizon-.08)/int(n)
-        for i in range(22): s.rect(i/22, y+s.u(0, .03), (i+.8)/22, y+.12, s.dim(s.ink[s.rng.choice('rbeyowp')], .2))
+        for i in range(22):
+            s.rect(i/22, y+s.u(0, .03), (i+.8)/22, y+.12, s.dim(s.ink[s.rng.choice('rbeyowp')], .2))
         s.rect(0, y+.12, 1, y+.14, (120, 120, 124))
 
 # %% ../nbs/08a_pictures.ipynb #features-rooms
@@ -311,12 +359,15 @@ def _stripes(s, n):
 
 def _beams(s, n):
     for i in range(int(n)):
-        x, tilt = (i+.5)/int(n), s.u(-.2, .2)
-        s.poly([(x-.01, 0), (x+.01, 0), (x+tilt+.08, .7), (x+tilt-.08, .7)], s.dim(s.rng.choice([(150, 110, 180), (180, 150, 110), (110, 140, 190)])))
+        x = (i+.5)/int(n)
+        tilt = s.u(-.2, .2)
+        light = s.dim(s.rng.choice([(150, 110, 180), (180, 150, 110), (110, 140, 190)]))
+        s.poly([(x-.01, 0), (x+.01, 0), (x+tilt+.08, .7), (x+tilt-.08, .7)], light)
 
 def _curtain(s, paint):
     for x in (0, .04, .08, .88, .92, .96): s.rect(x, 0, x+.04, s.horizon, s.dim(s.ink[paint], .25))
 
+# %% ../nbs/08a_pictures.ipynb #tiles
 def _tiles(s, paint):
     rgb = shade(s.ink[paint], .85)
     for i in range(9): s.line([(.5+(i-4)*.12, s.horizon), (.5+(i-4)*.34, 1)], rgb, .006)
@@ -324,28 +375,34 @@ def _tiles(s, paint):
 
 def _frames(s, n):
     for i in range(int(n)):
-        x, w, h = (i+.15)/int(n), .7/int(n), s.u(.2, .36)
+        x = (i+.15)/int(n)
+        w = .7/int(n)
+        h = s.u(.2, .36)
         s.rect(x, .12, x+w, .12+h, (176, 134, 62))
         s.rect(x+.012, .14, x+w-.012, .1+h, s.dim(s.ink[s.rng.choice('rbeylp')], .4))
         s.oval(x+w/2, .12+h/2, w/5, h/5, s.dim(s.ink[s.rng.choice('rbeylp')], .4))
 
 # %% ../nbs/08a_pictures.ipynb #features
 FEATURES = {f.__name__[1:]: f for f in (
-    _skyline, _towers, _houses, _ruins, _scaffold, _stalls, _ridge, _peaks, _trees, _firs, _trunks, _clouds, _waves, _dunes, _furrows,
-    _blossoms, _stones, _galaxy, _bubbles, _weeds, _seats, _stripes, _beams, _curtain, _heads, _columns, _panels, _tiles, _frames, _shelves)}
+    _skyline, _towers, _houses, _ruins, _scaffold, _stalls, _ridge, _peaks, _trees, _firs, _trunks, _clouds,
+    _waves, _dunes, _furrows,
+    _blossoms, _stones, _galaxy, _bubbles, _weeds, _seats, _stripes, _beams, _curtain, _heads, _columns,
+    _panels, _tiles, _frames, _shelves)}
 
 # %% ../nbs/08a_pictures.ipynb #skies
-SKIES = {'dusk': ((96, 84, 150), (250, 160, 96)), 'night': ((16, 20, 56), (60, 62, 110)), 'rain': ((112, 120, 132), (168, 176, 184)),
+SKIES = {'dusk': ((96, 84, 150), (250, 160, 96)), 'night': ((16, 20, 56), (60, 62, 110)),
+         'rain': ((112, 120, 132), (168, 176, 184)),
          'snowfall': ((176, 184, 196), (214, 220, 228)), 'fog': ((196, 200, 204), (216, 218, 220))}
 EXPOSURE = {'dusk': (1.0, .84, .74), 'night': (.62, .64, .84), 'rain': (.82, .86, .9)}
 
 # %% ../nbs/08a_pictures.ipynb #backdrop
-def backdrop(picture: Picture,    # scene, air and seed are used
+def backdrop(picture: Picture,  # scene, air and seed are used
              rng: random.Random,  # of everything left open
              size: tuple[int, int]  # width and height in pixels
-            ) -> tuple[Image.Image, Stage]:
+            ) -> tuple[Image.Image, Stage]:  # canvas; its stage
     "The empty scene, and the stage to put objects on."
-    scene, (w, h) = world_table()['scenes'][picture.scene], size
+    scene = world_table()['scenes'][picture.scene]
+    w, h = size
     tint = rng.randint(-14, 14)
     vary = lambda rgb: tuple(min(255, max(0, c+tint+rng.randint(-8, 8))) for c in rgb)
     top, low = SKIES.get(picture.air, scene['sky']) if scene['kind'] in ('out', 'water') else scene['sky']
@@ -364,47 +421,71 @@ def backdrop(picture: Picture,    # scene, air and seed are used
         else: sketch(stage.draw, part, (0, shift*h, w, h), stage.ink)
     return canvas, stage
 
-# %% ../nbs/08a_pictures.ipynb #place
+# %% ../nbs/08a_pictures.ipynb #foot
 SPREAD = (1, .86, .74, .66, .6)  # size of one of 1, 2, ... 5 objects
 
-def place(stage: Stage,               # canvas and dice
-          groups: tuple[Group, ...],  # the main one first
-         ) -> list[tuple]:
-    "Where each single object goes: (its lowest edge, group, box), everything in pixels, back to front."
-    objects, (W, H), rng, out = world_table()['objects'], stage.size, stage.rng, []
-    for above in (True, False):
-        layer = [(i, g) for i, g in enumerate(groups) if (objects[g.thing]['at'] in ('sky', 'wall')) == above]
-        heights = [H*objects[g.thing]['h']*SPREAD[g.count-1]*(rng.uniform(1.15, 1.5) if i == 0 else rng.uniform(.75, 1.1)) for i, g in layer]
-        needs = [h*objects[g.thing]['wh']*(.35+.65*g.count) for h, (_, g) in zip(heights, layer)]
-        room = W*.92/max(W*.92, sum(needs))
-        slack, left = W*.96-sum(needs)*room, W*.02
-        order = list(range(len(layer)))
-        rng.shuffle(order)
-        for k in order:
-            (i, group), need = layer[k], needs[k]*room
-            thing, left = objects[group.thing], left+slack/len(layer)*rng.uniform(.3, .7)
-            scale = max(room, .6)
-            h = heights[k]*scale
-            w = h*thing['wh']
-            foot = H*(rng.uniform(.86, .97) if i == 0 else stage.horizon+(.95-stage.horizon)*rng.uniform(.25, .75))
-            if above: foot = h+H*rng.uniform(.04, .2)
-            if thing['at'] == 'bottom': w, h, left, need, foot = W*1.02, H*rng.uniform(.22, .32), -W*.01, W*.5, H
-            step = (need-w)/max(1, group.count-1)
-            for c in range(group.count):
-                bottom = foot-rng.uniform(0, .05)*H*(group.count > 1)
-                out.append((bottom if not above else 0, group, (left+c*step, bottom-h, w, h)))
-            left += need+slack/len(layer)*.3
-    return sorted(out, key=lambda o: o[0])
+def _foot(stage, first, above, h) -> float:
+    "Lowest edge of an object `h` pixels high."
+    H = stage.size[1]
+    rng = stage.rng
+    standing = H*(rng.uniform(.86, .97) if first else stage.horizon+(.95-stage.horizon)*rng.uniform(.25, .75))
+    return h+H*rng.uniform(.04, .2) if above else standing
+
+# %% ../nbs/08a_pictures.ipynb #place-layer
+def _place_layer(stage, layer, above) -> list[tuple]:
+    "As `place`, for the (number, group) that hang, or for those that stand."
+    objects = world_table()['objects']
+    W, H = stage.size
+    rng = stage.rng
+    out = []
+    grows = lambda i: rng.uniform(1.15, 1.5) if i == 0 else rng.uniform(.75, 1.1)
+    heights = [H*objects[g.thing]['h']*SPREAD[g.count-1]*grows(i) for i, g in layer]
+    needs = [h*objects[g.thing]['wh']*(.35+.65*g.count) for h, (_, g) in zip(heights, layer)]
+    room = W*.92/max(W*.92, sum(needs))
+    slack = W*.96-sum(needs)*room
+    left = W*.02
+    order = list(range(len(layer)))
+    rng.shuffle(order)
+    for k in order:
+        i, group = layer[k]
+        need = needs[k]*room
+        thing = objects[group.thing]
+        left += slack/len(layer)*rng.uniform(.3, .7)
+        h = heights[k]*max(room, .6)
+        w = h*thing['wh']
+        foot = _foot(stage, i == 0, above, h)
+        if thing['at'] == 'bottom': w, h, left, need, foot = W*1.02, H*rng.uniform(.22, .32), -W*.01, W*.5, H
+        step = (need-w)/max(1, group.count-1)
+        for c in range(group.count):
+            bottom = foot-rng.uniform(0, .05)*H*(group.count > 1)
+            out.append((bottom if not above else 0, group, (left+c*step, bottom-h, w, h)))
+        left += need+slack/len(layer)*.3
+    return out
+
+# %% ../nbs/08a_pictures.ipynb #place
+def place(stage: Stage,  # canvas and dice
+          groups: tuple[Group, ...]  # the main one first
+         ) -> list[tuple]:  # (lowest edge, group, box) of each object
+    "Where each single object goes, everything in pixels, back to front."
+    objects = world_table()['objects']
+    hangs = lambda group: objects[group.thing]['at'] in ('sky', 'wall')
+    layers = {above: [(i, g) for i, g in enumerate(groups) if hangs(g) == above] for above in (True, False)}
+    return sorted((one for above, layer in layers.items() for one in _place_layer(stage, layer, above)),
+                  key=lambda one: one[0])
 
 # %% ../nbs/08a_pictures.ipynb #weather
 def _weather(image: Image.Image, picture: Picture, rng: random.Random) -> Image.Image:
     "Rain, snow or fog over the finished scene."
-    draw, (w, h) = ImageDraw.Draw(image), image.size
-    if picture.air == 'fog': return Image.blend(image, Image.new('RGB', image.size, (206, 210, 214)), rng.uniform(.35, .5))
+    draw = ImageDraw.Draw(image)
+    w, h = image.size
+    if picture.air == 'fog':
+        return Image.blend(image, Image.new('RGB', image.size, (206, 210, 214)), rng.uniform(.35, .5))
     if picture.air == 'rain':
-        for _ in range(45): draw.line((x := rng.uniform(0, w), y := rng.uniform(-10, h), x-3, y+10), fill=(190, 200, 214))
+        for _ in range(45):
+            draw.line((x := rng.uniform(0, w), y := rng.uniform(-10, h), x-3, y+10), fill=(190, 200, 214))
     if picture.air == 'snowfall':
-        for _ in range(70): draw.ellipse((x := rng.uniform(0, w), y := rng.uniform(0, h), x+2.2, y+2.2), fill=(250, 250, 252))
+        for _ in range(70):
+            draw.ellipse((x := rng.uniform(0, w), y := rng.uniform(0, h), x+2.2, y+2.2), fill=(250, 250, 252))
     return image
 
 @lru_cache(None)
@@ -415,22 +496,25 @@ def _grain(level: int) -> Image.Image:
 
 # %% ../nbs/08a_pictures.ipynb #draw
 def draw_picture(picture: Picture  # what to show
-                ) -> Image.Image:
+                ) -> Image.Image:  # RGB
     "The pixels of `picture`, RGB, the same for the same description (and versions of the libraries)."
-    rng, objects = random.Random(picture.seed), world_table()['objects']
+    rng = random.Random(picture.seed)
+    objects = world_table()['objects']
     size = picture.size[0]*2, picture.size[1]*2
     canvas, stage = backdrop(picture, rng, size)
     for _, group, box in place(stage, picture.groups):
-        sketch(stage.draw, objects[group.thing]['draw'], box, paints(rng, group.colour), rng.random() < .5, group.word)
+        sketch(stage.draw, objects[group.thing]['draw'], box, paints(rng, group.colour), rng.random() < .5,
+               group.word)
     image = canvas.reduce(2)
-    if picture.air in EXPOSURE: image = image.point([int(i*f) for f in EXPOSURE[picture.air] for i in range(256)])
+    if picture.air in EXPOSURE:
+        image = image.point([int(i*f) for f in EXPOSURE[picture.air] for i in range(256)])
     return _weather(image, picture, rng)
 
 # %% ../nbs/08a_pictures.ipynb #make-print
 def make_print(image: Image.Image,  # as drawn
-               use: Print,          # crop, exposure, grain
-               seed: int = 0        # of the grain
-              ) -> Image.Image:
+               use: Print,  # crop, exposure, grain
+               seed: int = 0  # of the grain
+              ) -> Image.Image:  # RGB
     "One use of `image`."
     w, h = image.size
     l, t, r, b = use.crop
@@ -438,23 +522,26 @@ def make_print(image: Image.Image,  # as drawn
     if use.size != (0, 0): image = image.resize(use.size, Image.Resampling.BILINEAR)
     if use.gain != 1: image = image.point([min(255, int(i*use.gain)) for i in range(256)]*3)
     if use.noise:
-        x, y = random.Random(seed).randint(0, 512-image.width), random.Random(seed+1).randint(0, 400-image.height)
+        x = random.Random(seed).randint(0, 512-image.width)
+        y = random.Random(seed+1).randint(0, 400-image.height)
         image = ImageChops.add(image, _grain(use.noise).crop((x, y, x+image.width, y+image.height)), 1, -128)
     return image
 
 # %% ../nbs/08a_pictures.ipynb #write
-def write_picture(path: Path,        # the .jpg to write
+def write_picture(path: Path,  # the .jpg to write
                   picture: Picture,  # what to show
-                  use: Print,        # how it is printed
-                  defect: str = ''   # 'truncated' or 'html' for a broken file
+                  use: Print,  # how it is printed
+                  defect: str = ''  # 'truncated' or 'html' for a broken file
                  ) -> None:
     "Draw, print and save one picture as JPEG, or what is left of it."
-    make_print(draw_picture(picture), use, picture.seed+len(str(path.name))).save(path, 'JPEG', quality=use.quality)
+    make_print(draw_picture(picture), use,
+               picture.seed+len(str(path.name))).save(path, 'JPEG', quality=use.quality)
     if defect == 'truncated': path.write_bytes(path.read_bytes()[:700])
-    if defect == 'html': path.write_text('<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n', encoding='utf-8')
+    if defect == 'html':
+        path.write_text('<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n', encoding='utf-8')
 
 def write_pictures(jobs: list[tuple]  # arguments of `write_picture`
-                  ) -> int:
+                  ) -> int:  # how many
     "Write a batch and return how many."
     for job in jobs: write_picture(*job)
     return len(jobs)

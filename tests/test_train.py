@@ -19,7 +19,7 @@ from newsrepro.core import InputError
 from newsrepro.embed import build_model
 from newsrepro.threads import at_once
 from newsrepro.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short,
-                             join_ranks, normaliser, set_modes, train, twins)
+                             join_processes, normaliser, set_modes, train, twins)
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)
@@ -152,7 +152,7 @@ def test_killed_ten_times_ends_as_undisturbed(tmp_path):
 def rank_child(rank, port, result):
     torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo')
-    assert join_ranks('cpu') == 'cpu' and training.ranks() == (rank, 2)
+    assert join_processes('cpu') == 'cpu' and training.this_process() == (rank, 2)
     model = fresh(torch.float64)
     if rank: torch.nn.init.zeros_(model.visual.proj)  # the first process' weights count
     with pytest.raises(InputError, match='must be a multiple of the 2 processes'): train(model, some_pairs(), Recipe(1, batch_size=7), NORMALISE, progress=False)
