@@ -30,7 +30,7 @@ from tenacity import (AsyncRetrying, RetryCallState, retry_if_exception, stop_af
 
 from .core import InputError, atomic_path, file_digest
 from .data import (MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, open_image, picture_index,
-                            read_collection, read_table)
+                            read_collection)
 from .fetch_settings import FetchSettings
 
 # %% ../nbs/09_fetch.ipynb #outcomes
@@ -296,13 +296,15 @@ def _convert(job: Download, kind: str) -> str:  # `kind`
 # %% ../nbs/09_fetch.ipynb #keep
 def keep(job: Download,  # with its part whole
          max_pixels: int = MAX_PIXELS,  # width times height
-         convert: str = ''  # format, as in `FetchSettings`
+         convert: str = '',  # format, as in `FetchSettings`
+         placing: Callable[[Download], None] = lambda job: None  # called before any file takes its place
         ) -> tuple[int, int, list[Path]]:  # width, height, file of each target
     "Verify what came and put it in its places. Raises `Dropped` where it is no image."
     kind, width, height = verified(job.part, max_pixels, job.whole, job.told)
     if convert and kind != convert.upper(): kind = _convert(job, convert.upper())
     with _local():
         job.digest = file_digest(job.part)
+        placing(job)
         files = [target.folder/file_name(target.key[1], _SUFFIX[kind]) for target in job.targets]
         for target, file in zip(job.targets[1:], files[1:]):
             beside = target.folder/f'{job.part.name}.part'
@@ -399,6 +401,7 @@ class _Session:
     threads: ThreadPoolExecutor  # for decoding
     group: asyncio.TaskGroup
     jobs: asyncio.Semaphore
+    placing: Callable[[Download], None] = lambda job: None
     hosts: dict[str, Host] = field(default_factory=dict)
 
     def host(self, url: httpx.URL) -> Host:
@@ -508,7 +511,8 @@ async def _hop(session: _Session, job: Download, url: httpx.URL) -> str | None: 
 async def _first_hop(session: _Session, job: Download) -> str | None:  # as `_ask`
     try: return await _hop(session, job, job.url)
     except Dropped as error:
-        if not (job.guessed and job.url.scheme == 'https' and error.outcome == 'connection' and error.retry): raise
+        lacks_tls = error.outcome in ('connection', 'timeout') and error.retry
+        if not (lacks_tls and job.guessed and job.url.scheme == 'https'): raise
     job.url = job.url.copy_with(scheme='http')
     return await _hop(session, job, job.url)
 
@@ -528,7 +532,7 @@ async def _attempt(session: _Session, job: Download) -> tuple[int, int, list[Pat
     "Fetch, verify and keep one image."
     await _follow(session, job)
     loop, settings = asyncio.get_running_loop(), session.settings
-    keeping = loop.run_in_executor(session.threads, keep, job, settings.max_pixels, settings.convert)
+    keeping = loop.run_in_executor(session.threads, keep, job, settings.max_pixels, settings.convert, session.placing)
     try: return await asyncio.shield(keeping)
     except asyncio.CancelledError:  # by Ctrl-C: what takes its place now belongs into the report
         await asyncio.wait([keeping])
@@ -580,16 +584,20 @@ def _start(session: _Session, downloads: list[Download], done: Callable[[Downloa
         for _ in range(min(host.per_host, len(host.queue))): session.group.create_task(_work(session, host, done))
 
 # %% ../nbs/09_fetch.ipynb #download-all
-async def download_all(downloads: list[Download],  # each URL once
-                       settings: FetchSettings,  # what is kept to
-                       done: Callable[[Download, dict], None],  # called with each download and its columns of the report
-                       backend: httpcore.AsyncNetworkBackend | None = None) -> None:  # in place of the internet
+async def download_all(
+    downloads: list[Download],  # each URL once
+    settings: FetchSettings,  # what is kept to
+    done: Callable[[Download, dict], None],  # called with each download and its columns of the report
+    placing: Callable[[Download], None] = lambda job: None,  # called in a thread before files take their places
+    backend: httpcore.AsyncNetworkBackend | None = None,  # in place of the internet
+) -> None:
     "Fetch them all. Raises `OSError` where this machine fails, as with a full disk."
     connections = Connections(backend or PublicBackend(settings.allow_private), settings.jobs)
     try:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             async with aclosing(connections), asyncio.TaskGroup() as group:
-                _start(_Session(settings, connections, threads, group, asyncio.Semaphore(settings.jobs)), downloads, done)
+                jobs = asyncio.Semaphore(settings.jobs)
+                _start(_Session(settings, connections, threads, group, jobs, placing), downloads, done)
     except BaseExceptionGroup as failures:
         first = failures.exceptions[0]
         raise (first.__cause__ if isinstance(first, _LocalError) else first)
@@ -617,15 +625,20 @@ def _journal_rows(path: Path) -> Iterator[dict]:
         except (ValueError, RecursionError): continue
         if _is_row(row): yield row
 
+def _report_rows(path: Path) -> list[dict]:
+    "Exactly what `write_report` wrote. Raises `InputError` for anything else."
+    try:
+        with open(path, encoding='utf-8', newline='') as file: rows = list(csv.DictReader(file, strict=True))
+    except OSError as error: raise InputError(f'{path}: cannot be read: {error.strerror}; move it away') from error
+    except (csv.Error, ValueError): rows = [{}]
+    rows = [dict.fromkeys(_LATER, '') | row for row in rows]
+    if all(map(_is_row, rows)): return rows
+    raise InputError(f'{path}: not a report of fetch-images; move it away')
+
 def read_report(root: Path  # folder of the collection
                ) -> dict[tuple[str, str], dict]:  # dataset, image id -> row
-    "What earlier runs found, one that was cut short too. Raises `InputError` where another table has the report's name."
-    rows = []
-    if (root/REPORT).exists():
-        table, _ = read_table(root/REPORT)
-        known = set(COLUMNS) - _LATER <= set(table) <= set(COLUMNS)
-        rows = table.reindex(columns=COLUMNS, fill_value='').to_dict('records') if known else [{}]
-        if not all(map(_is_row, rows)): raise InputError(f'{root/REPORT}: not a report of fetch-images; move it away')
+    "What earlier runs found, one that was cut short too. Raises `InputError` for another table of that name."
+    rows = _report_rows(root/REPORT) if (root/REPORT).exists() else []
     rows += _journal_rows(root/JOURNAL)
     return {(row['dataset'], row['image_id']): row for row in rows}
 
@@ -635,8 +648,8 @@ def write_report(root: Path,  # folder of the collection
                 ) -> None:
     "Write the report whole, then forget the journal."
     with atomic_path(root/REPORT) as beside:
-        with open(beside, 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        with open(beside, 'w', encoding='utf-8', errors='backslashreplace', newline='') as file:
+            writer = csv.DictWriter(file, COLUMNS)  # its line ends, CR LF, make it quote both characters
             writer.writeheader()
             writer.writerows(rows.values())
     (root/JOURNAL).unlink(missing_ok=True)
@@ -686,6 +699,9 @@ def _url_of(image, clashing: bool) -> httpx.URL:
     return checked_url(image.url)
 
 # %% ../nbs/09_fetch.ipynb #plan
+def _gives_scheme(text: str) -> bool:
+    return bool(re.match(r'\W*https?:', without_entities(text), re.I))
+
 def _asked_as(text: str, url: httpx.URL) -> str:
     "`url`, where more than its encoding had to be mended."
     return str(url) if without_entities(text) != text or mended_url(text) != text.strip() else ''
@@ -709,7 +725,7 @@ def plan(images: pd.DataFrame,  # `Collection.images`
             continue
         row |= dict(asked_as=_asked_as(image.url, url), status=row['status'] or 'pending')
         if image.folder not in folders: folders[image.folder] = target_folder(Path(image.folder), root)
-        job = downloads.setdefault(str(url), Download(url, [], guessed=bool(_LACKS_SCHEME.match(image.url.strip(_AROUND)))))
+        job = downloads.setdefault(str(url), Download(url, [], guessed=not _gives_scheme(image.url)))
         job.targets.append(Target(key, folders[image.folder], image.path))
     return rows, list(downloads.values())
 
@@ -723,7 +739,8 @@ def equal_urls(rows: Iterable[Mapping]  # of the report
     "Pictures that came from more than one URL."
     texts = {}
     for row in rows:
-        if row['sha256'] and row['url'].strip(): texts.setdefault(row['sha256'], set()).add(row['url'])
+        known = row['status'] in ('present', 'fetched', 'placeholder') and row['sha256']
+        if known and row['url'].strip(): texts.setdefault(row['sha256'], set()).add(row['url'])
     counts = {digest: len(set(map(_canonical, found))) for digest, found in texts.items() if len(found) > 1}
     return {digest: n for digest, n in counts.items() if n > 1}
 
@@ -848,7 +865,9 @@ def _fetch(root: Path, downloads: list[Download], rows: dict, wanted: set, setti
             _note_download(note, rows, job, found, base)
             asked += 1
             progress(asked, len(downloads), found['status'])
-        if downloads: _run(download_all(downloads, settings, tell, backend))
+        def placing(job):
+            for target in job.targets: note(target.key, dict(attempts=job.attempts, sha256=job.digest))
+        if downloads: _run(download_all(downloads, settings, tell, placing, backend))
         if settings.drop_placeholders: drop_placeholders(root, rows, wanted, note, settings.placeholder_urls)
     return asked
 

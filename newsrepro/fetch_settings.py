@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, fields
 
 from . import __version__
-from .core import InputError
 
 # %% ../nbs/09_fetch_settings.ipynb #check-settings
 def _refuse(name: str, value: object, why: str):
+    from newsrepro.core import InputError  # here, as `--help` refuses nothing
     raise InputError(f"--{name.replace('_', '-')} {value}: {why}")
 
 def check_settings(values: dict[str, object]  # of `FetchSettings`, by name
