@@ -499,13 +499,15 @@ async def _timed(session: _Session, job: Download, url: httpx.URL) -> str | None
         raise _failure(error) from error
     finally: job.left -= time.monotonic() - began
 
-# %% ../nbs/09_fetch.ipynb #hop
+# %% ../nbs/09_fetch.ipynb #moment
 async def _moment(host: Host) -> None:
     "Wait until `host` may be asked. Raises `Dropped` where it is left alone."
-    while (wait := host.not_before - time.monotonic()) > 0 and not host.closed: await asyncio.sleep(min(wait, 1.))
+    while (wait := host.not_before - time.monotonic()) > 0 and not host.closed:
+        await asyncio.sleep(min(wait, 1.))
     if why := host.closed:
         raise Dropped(why.outcome, f'its host is left alone in this run: {why}', retry=False)
 
+# %% ../nbs/09_fetch.ipynb #hop
 async def _hop(session: _Session, job: Download, url: httpx.URL) -> str | None:  # as `_ask`
     "One request, in its turn; its host remembers how it went."
     host, settings, began = session.host(url), session.settings, 0.
@@ -550,7 +552,8 @@ async def _attempt(session: _Session, job: Download) -> tuple[int, int, list[Pat
     "Fetch, verify and keep one image."
     await _follow(session, job)
     loop, settings = asyncio.get_running_loop(), session.settings
-    keeping = loop.run_in_executor(session.threads, keep, job, settings.max_pixels, settings.convert, session.placing)
+    how = settings.max_pixels, settings.convert, session.placing
+    keeping = loop.run_in_executor(session.threads, keep, job, *how)
     try: return await asyncio.shield(keeping)
     except asyncio.CancelledError:  # by Ctrl-C: what takes its place now belongs into the report
         await asyncio.wait([keeping])
@@ -607,7 +610,7 @@ async def download_all(
     downloads: list[Download],  # each URL once
     settings: FetchSettings,  # what is kept to
     done: Callable[[Download, dict], None],  # called with each download and its columns of the report
-    placing: Callable[[Download], None] = lambda job: None,  # called in a thread before files take their places
+    placing: Callable[[Download], None] = lambda job: None,  # called in a thread before files appear
     backend: httpcore.AsyncNetworkBackend | None = None,  # in place of the internet
 ) -> None:
     "Fetch them all. Raises `OSError` where this machine fails, as with a full disk."
@@ -635,7 +638,7 @@ def _is_row(row: object) -> bool:
     if row['status'] not in OUTCOMES: return False
     return all(re.fullmatch('[0-9]{0,18}', row[c]) for c in ('attempts', 'bytes', 'equal_urls'))
 
-# %% ../nbs/09_fetch.ipynb #read-report
+# %% ../nbs/09_fetch.ipynb #journal-rows
 def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f'{path}: cannot be read: {error.strerror}; move it away')
 
@@ -648,6 +651,7 @@ def _journal_rows(path: Path) -> Iterator[dict]:
         except (ValueError, RecursionError): continue
         if _is_row(row): yield row
 
+# %% ../nbs/09_fetch.ipynb #read-report
 def _report_rows(path: Path) -> list[dict]:
     "Exactly what `write_report` wrote. Raises `InputError` for anything else."
     try:
@@ -725,7 +729,7 @@ def _url_of(image, clashing: bool) -> httpx.URL:
         raise Dropped('bad_name', f'{image.image_id}: another image of the folder would have the same file')
     return checked_url(image.url)
 
-# %% ../nbs/09_fetch.ipynb #plan
+# %% ../nbs/09_fetch.ipynb #asked-as
 def _gives_scheme(text: str) -> bool:
     return bool(re.match(r'\W*https?:', without_entities(text), re.I))
 
@@ -733,6 +737,7 @@ def _asked_as(text: str, url: httpx.URL) -> str:
     "`url`, where more than its encoding had to be mended."
     return str(url) if without_entities(text) != text or mended_url(text) != text.strip() else ''
 
+# %% ../nbs/09_fetch.ipynb #plan
 def plan(images: pd.DataFrame,  # `Collection.images`
          root: Path,  # the collection
          old: Mapping[tuple[str, str], Mapping],  # `read_report`
@@ -831,7 +836,7 @@ def _recorder(root: Path, rows: dict[tuple[str, str], dict]) -> Iterator[Note]:
         write_report(root, rows)
 
 # %% ../nbs/09_fetch.ipynb #note-download
-def _note_download(note: Note, rows: Mapping[tuple[str, str], Mapping], job: Download, found: Mapping, base: Path):
+def _note_download(note: Note, rows: Mapping, job: Download, found: Mapping, base: Path) -> None:
     "Write what came of a download into the row of each of its images."
     columns = _EMPTY | {c: found[c] for c in COLUMNS if c in found}
     columns |= dict(attempts=job.attempts, time=datetime.now(timezone.utc).isoformat(timespec='seconds'))
@@ -869,8 +874,10 @@ def summary(rows: list[Mapping],  # of the images that were wanted
     size = sum(int(row['bytes'] or 0) for row in rows if row['status'] == 'fetched')
     return dict(images=len(rows), have=kind('have'), dropped=kind('drop'), waiting=kind('again'), asked=asked,
                 outcomes={outcome: counts[outcome] for outcome in OUTCOMES if counts[outcome]},
-                placeholders=placeholders(everything, most), shared=dict(pictures=len(shared), urls=sum(shared)),
-                mended=sum(bool(row['asked_as']) for row in rows), fetched_bytes=size, seconds=round(seconds, 3))
+                placeholders=placeholders(everything, most),
+                shared=dict(pictures=len(shared), urls=sum(shared)),
+                mended=sum(bool(row['asked_as']) for row in rows),
+                fetched_bytes=size, seconds=round(seconds, 3))
 
 # %% ../nbs/09_fetch.ipynb #disk
 @contextmanager
@@ -915,10 +922,10 @@ def fetch_images(root: str | Path,  # folder of a collection
                  split: str | None = None,  # only images of this split
                  retry_failed: bool = False,  # ask again for what failed for good, too
                  limit: int | None = None,  # URLs to be asked in this run
-                 progress: Progress = lambda done, of, outcome: None,  # called with '' first, then after each URL
+                 progress: Progress = lambda done, of, outcome: None,  # at the start, and after each URL
                  backend: httpcore.AsyncNetworkBackend | None = None  # in place of the internet
                 ) -> dict:  # `summary`, and the path of the report
-    "Fetch the images that a collection names by URL. Raises `InputError`, and `OSError` where the disk fails."
+    "Fetch the images that are named by URL. Raises `InputError`, and `OSError` where the disk fails."
     root, began = Path(root), time.monotonic()
     with _alone(root), _resumable(root):
         collection = read_collection(root, n_test=0)
