@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'JSON', 'Truth', 'Pool', 'Short', 'fail', 'run', 'main', 'console', 'print_json', 'simple_table', 'newsrepro',
            'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data',
-           'fetch_progress', 'print_fetched', 'fetch_images', 'evaluate', 'compare']
+           'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'evaluate', 'compare']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -208,15 +208,35 @@ def fetch_progress():
             bar.update(task, completed=done, total=of, rate=f'{done/elapsed:.0f}' if elapsed > .2 else '-', dropped=dropped)
         yield show
 
+def shared_lines(found: Mapping,  # of `newsrepro.fetch.fetch_images`
+                 most: int = 5  # placeholders that are named
+                ) -> list[str]:
+    "What to know of pictures that came from several URLs, and of URLs that were mended."
+    lines = []
+    for one in found['placeholders'][:most]:
+        left = f"{one['dropped']} of them left out" if one['dropped'] else '--drop-placeholders leaves such pictures out'
+        lines.append(f"the same picture for {one['urls']} different URLs, {one['images']} images such as {one['example']}: "
+                     f'probably a placeholder; {left}')
+    if more := len(found['placeholders']) - most: lines += [f'and {more} more such pictures; see equal_urls in the report'] * (more > 0)
+    shared = found['shared']
+    if shared['pictures']: lines.append(f"{shared['pictures']} pictures came from a few URLs each ({shared['urls']} in all)")
+    if found['mended']: lines.append(f"{found['mended']} URLs were mended before they were asked; see asked_as in the report")
+    return lines
+
 def print_fetched(found: Mapping) -> None:  # of `newsrepro.fetch.fetch_images`
     "Print what became of the images."
     from newsrepro.fetch import OUTCOMES
-    target = console()
+    target, asked = console(), found['asked']
     rows = [[outcome.replace('_', ' '), n, OUTCOMES[outcome][1]] for outcome, n in found['outcomes'].items()]
     target.print(simple_table(['outcome', 'images', 'meaning'], rows, right=['images']))
-    target.print(f"{found['have']} of {found['images']} images are there, {found['dropped']} are dropped for good, {found['waiting']} may come in another run", soft_wrap=True)
-    rate = found['asked']/max(found['seconds'], .001)
-    target.print(f"{found['asked']} URLs asked in {found['seconds']:.1f} s ({rate:.0f} a second); report: {found['report']}", markup=False, soft_wrap=True)
+    rate = asked/max(found['seconds'], .001)
+    for line in [f"{found['have']} of {found['images']} images are there, {found['dropped']} are dropped for good, "
+                 f"{found['waiting']} may come in another run", *shared_lines(found),
+                 f"{asked} URLs asked in {found['seconds']:.1f} s ({rate:.0f} a second); report: {found['report']}"]:
+        target.print(line, markup=False, soft_wrap=True)
+
+# %% ../nbs/30_cli.ipynb #fetch-settings
+from .fetch_settings import FetchSettings
 
 # %% ../nbs/30_cli.ipynb #fetch-command
 @app.command('fetch-images')
@@ -227,26 +247,29 @@ def fetch_images(
     limit: Annotated[int | None, typer.Option(help='Ask at most N URLs in this run.', min=1, metavar='N')] = None,
     retry_failed: Annotated[bool, typer.Option('--retry-failed', help='Ask again for what failed for good, too: gone, refused, no image, too large and so on. '
                                                                'What may pass (busy, server error, timeout, connection) is asked again in any case.')] = False,
-    convert: Annotated[str, typer.Option(help='Store as jpeg or png what is in another format.', metavar='FORMAT', show_default='each as it is')] = '',
-    jobs: Annotated[int, typer.Option(help='Requests at a time.', metavar='N')] = 32,
-    per_host: Annotated[int, typer.Option(help='Requests at a time to one host; a host that answers 429 gets fewer.', metavar='N')] = 6,
-    retries: Annotated[int, typer.Option(help='Attempts after the first, where a failure may pass.', metavar='N')] = 4,
-    timeout: Annotated[float, typer.Option(help='For a connection, and for each silence.', metavar='SECONDS')] = 20,
-    deadline: Annotated[float, typer.Option(help='That one image may take on the wire, all attempts together.', metavar='SECONDS')] = 120,
-    max_wait: Annotated[float, typer.Option(help='A host that asks for a longer wait is left alone until the next run.', metavar='SECONDS')] = 120,
-    max_bytes: Annotated[int, typer.Option(help='Largest file.', metavar='BYTES')] = 2**26,
-    max_pixels: Annotated[int | None, typer.Option(help='Largest image, width times height.', metavar='N', show_default='what check-data accepts')] = None,
-    user_agent: Annotated[str | None, typer.Option(help='What to call ourselves.', metavar='TEXT', show_default='newsrepro/VERSION and its address')] = None,
-    allow_private: Annotated[bool, typer.Option('--allow-private', help='Ask private and loopback addresses, too. Without it only the public internet is asked, and proxies of the environment are not used.')] = False,
+    convert: Annotated[str, typer.Option(help='Store as jpeg or png what is in another format.', metavar='FORMAT', show_default='each as it is')] = FetchSettings.convert,
+    jobs: Annotated[int, typer.Option(help='Requests at a time.', metavar='N')] = FetchSettings.jobs,
+    per_host: Annotated[int, typer.Option(help='Requests at a time to one host; a host that answers 429 gets fewer.', metavar='N')] = FetchSettings.per_host,
+    retries: Annotated[int, typer.Option(help='Attempts after the first, where a failure may pass.', metavar='N')] = FetchSettings.retries,
+    timeout: Annotated[float, typer.Option(help='For a connection, and for each silence.', metavar='SECONDS')] = FetchSettings.timeout,
+    deadline: Annotated[float, typer.Option(help='That one image may take on the wire, all attempts together.', metavar='SECONDS')] = FetchSettings.deadline,
+    max_wait: Annotated[float, typer.Option(help='A host that asks for a longer wait is left alone until the next run.', metavar='SECONDS')] = FetchSettings.max_wait,
+    max_bytes: Annotated[int, typer.Option(help='Largest file.', metavar='BYTES')] = FetchSettings.max_bytes,
+    max_pixels: Annotated[int | None, typer.Option(help='Largest image, width times height.', metavar='N', show_default='what check-data accepts')] = FetchSettings.max_pixels,
+    user_agent: Annotated[str, typer.Option(help='What to call ourselves.', metavar='TEXT', show_default='newsrepro/VERSION and its address')] = FetchSettings.user_agent,
+    placeholder_urls: Annotated[int, typer.Option(help='The same picture from more than N different URLs is taken for a placeholder of the server.', metavar='N')] = FetchSettings.placeholder_urls,
+    drop_placeholders: Annotated[bool, typer.Option('--drop-placeholders', help='Leave placeholders out; without it they are only reported. --retry-failed asks for them again.')] = FetchSettings.drop_placeholders,
+    allow_private: Annotated[bool, typer.Option('--allow-private', help='Ask private and loopback addresses, too. Without it only the public internet is asked, and proxies of the environment are not used.')] = FetchSettings.allow_private,
     as_json: JSON = False,
 ) -> int:
     """Download the images that a collection names by URL; what is there is not asked for, and an interrupted run is resumed.
 
     DIR/fetch-report.csv says what became of each image, and why. Exit code 0: nothing is left that could come; 1: something may come in another run."""
-    from newsrepro.fetch import FetchSettings, fetch_images
-    chosen = dict(max_pixels=max_pixels, user_agent=user_agent)
-    settings = FetchSettings(jobs=jobs, per_host=per_host, timeout=timeout, deadline=deadline, max_bytes=max_bytes, retries=retries, max_wait=max_wait,
-                             allow_private=allow_private, convert=convert, **{name: value for name, value in chosen.items() if value is not None})
+    from newsrepro.fetch import fetch_images
+    settings = FetchSettings(jobs=jobs, per_host=per_host, timeout=timeout, deadline=deadline, max_bytes=max_bytes,
+                             max_pixels=max_pixels, retries=retries, max_wait=max_wait, user_agent=user_agent,
+                             allow_private=allow_private, convert=convert, placeholder_urls=placeholder_urls,
+                             drop_placeholders=drop_placeholders)
     with fetch_progress() as progress: found = fetch_images(folder, settings, dataset, split, retry_failed, limit, progress)
     print_json(found) if as_json else print_fetched(found)
     return int(found['waiting'] > found['outcomes'].get('pending', 0))

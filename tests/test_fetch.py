@@ -6,11 +6,13 @@ import gzip
 import io
 import json
 import os
+import random
 import re
 import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,8 +26,8 @@ from PIL import Image
 
 from newsrepro.core import InputError
 from newsrepro.data import check_data, read_collection
-from newsrepro.fetch import (JOURNAL, LOCK, OUTCOMES, REPORT, FetchSettings, PublicBackend, fetch_images,
-                             read_report)
+from newsrepro.fetch import (COLUMNS, JOURNAL, LOCK, OUTCOMES, REPORT, Dropped, FetchSettings, PublicBackend, checked_url,
+                             fetch_images, plan, read_report, retry_after, summary, write_report)
 
 QUICK = dict(timeout=1, deadline=3, retries=1, max_wait=2, allow_private=True, max_bytes=2**20)
 PUBLIC = '93.184.215.14'
@@ -385,7 +387,7 @@ def test_interrupted_it_writes_its_report(slow, tmp_path):
 def test_memory_stays_bounded(server, tmp_path):
     "Eight endless bodies at a time, of which 64 MiB each are read; the files are the only place where they are."
     folder = collection(tmp_path/'c', {f'e{n}': f'{server.url}/endless/{n}' for n in range(8)} | {'b': f'{server.url}/bomb'})
-    code = ('import os, resource, sys\nfrom newsrepro.fetch import *\n'
+    code = ('import os, resource, sys\nfrom newsrepro.fetch import FetchSettings, fetch_images\n'
             'def high():\n'  # MiB; Linux counts the parent's peak into ru_maxrss, but not into VmHWM
             '    if not os.path.exists("/proc/self/status"): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20\n'
             '    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])/1024\n'
@@ -409,6 +411,24 @@ def test_a_full_disk_ends_the_run(server, tmp_path, monkeypatch):
     assert fetch_images(folder, FetchSettings(**QUICK))['outcomes'] == dict(fetched=20)
 
 
+FULL = [sys.executable, '-c', 'import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),)*2)\n'
+        'from newsrepro.cli import main; main()']
+
+
+@pytest.mark.parametrize('room', [1000, 9000])  # not enough for one picture; enough for pictures, but not for what is noted of 60
+def test_no_room_is_one_line_and_the_next_run_goes_on(server, tmp_path, room):
+    "The system itself refuses to let files grow, as on a full disk."
+    folder = collection(tmp_path/'c', {f'i{n}': f'{server.url}/png/{n}' if room > 1000 else f'{server.url}/good/{n}' for n in range(60)})
+    done = subprocess.run([*FULL, str(room), 'fetch-images', folder, '--allow-private'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
+    assert 'File too large; what came is kept, and the same command goes on from there' in done.stderr
+    have = {p.stem for p in (folder/'images').glob('[!.]*')}
+    assert not list((folder/'images').glob('.*')) and (bool(have) == (room > 1000))
+    before = Counter(server.asked)
+    assert fetch_images(folder, FetchSettings(**QUICK))['have'] == 60
+    assert not {path for path in server.asked if server.asked[path] > before[path]} & {f'/png/{i[1:]}' for i in have}
+
+
 def test_tables_of_2021(server, tmp_path, newsimages2021):
     "A copy of the 2021 collection whose URLs lead to loopback."
     for path in newsimages2021.glob('*.tsv'):
@@ -418,3 +438,239 @@ def test_tables_of_2021(server, tmp_path, newsimages2021):
     found = fetch_images(tmp_path, FetchSettings(**QUICK), split='test', limit=50)
     assert (found['images'], found['asked'], found['outcomes']['pending']) == (images, 50, images - found['have']) and images > 100
     assert check_data(tmp_path)['splits']['test']['with_image'] == found['have'] >= 50
+
+
+# --- the same picture for many URLs
+
+def spread(server, folder, images=5, **more):
+    "A placeholder at 5 URLs, a photo that two outlets share, one URL of two articles, and a picture of its own."
+    urls = {f'p{n}': f'{server.url}/good/{n}' for n in range(images)} | {f's{n}': f'{server.url}/png/{n}' for n in range(2)}
+    return collection(folder, urls | {f'o{n}': f'{server.url}/own' for n in range(5)} | more)
+
+
+@pytest.fixture
+def placeholders(server):
+    answer = server.answer
+    async def with_own(what, path, writer):
+        if what != 'own': return await answer(what, path, writer)
+        writer.write(plain(picture(colour='blue')))
+        return True
+    server.answer = with_own
+    return server
+
+
+def test_one_picture_for_many_urls_is_told(placeholders, tmp_path):
+    folder = spread(placeholders, tmp_path/'c')
+    found = fetch_images(folder, FetchSettings(**QUICK))
+    assert found['outcomes'] == dict(fetched=5 + 2 + 5)
+    assert [(p['urls'], p['images'], p['dropped'], p['example'][0]) for p in found['placeholders']] == [(5, 5, 0, 'p')]
+    assert found['shared'] == dict(pictures=1, urls=2)
+    assert {i: row['equal_urls'] for i, row in by_id(folder).items()} == \
+           {f'p{n}': '5' for n in range(5)} | {f's{n}': '2' for n in range(2)} | {f'o{n}': '' for n in range(5)}
+    assert fetch_images(folder, FetchSettings(**QUICK))['placeholders'] == found['placeholders']  # and again, as present
+    assert fetch_images(folder, FetchSettings(**QUICK, placeholder_urls=5))['placeholders'] == []
+
+
+def test_placeholders_are_dropped_only_if_asked_and_asked_again_only_if_told(placeholders, tmp_path):
+    folder = spread(placeholders, tmp_path/'c')
+    found = fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))
+    assert found['outcomes'] == dict(fetched=7, placeholder=5) and found['placeholders'][0]['dropped'] == 5
+    assert {p.stem for p in (folder/'images').iterdir()} == {'s0', 's1', *(f'o{n}' for n in range(5))}
+    assert by_id(folder)['p0']['reason'] == 'the same picture as 4 other URLs gave' and by_id(folder)['p0']['file'] == ''
+    placeholders.asked.clear()
+    assert fetch_images(folder, FetchSettings(**QUICK))['outcomes'] == dict(present=7, placeholder=5) and not placeholders.asked
+    # a sixth URL with the known picture is dropped although it alone was fetched
+    spread(placeholders, folder, images=6)
+    assert fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))['outcomes'] == dict(present=7, placeholder=6)
+    assert sum(placeholders.asked.values()) == 1
+    assert fetch_images(folder, FetchSettings(**QUICK), retry_failed=True)['outcomes'] == dict(present=7, fetched=6)
+
+
+def test_a_picture_of_ones_own_is_never_dropped(placeholders, tmp_path):
+    folder = spread(placeholders, tmp_path/'c')
+    (folder/'images').mkdir()
+    (folder/'images'/'p3.jpg').write_bytes(GOOD)  # the same bytes, but put there by hand
+    fetch_images(folder, FetchSettings(**QUICK))
+    (folder/'images'/'p4.jpg').write_bytes(picture(colour='green'))  # fetched, then replaced by hand
+    found = fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))
+    assert found['outcomes'] == dict(present=2 + 5 + 2, placeholder=3)
+    assert (folder/'images'/'p3.jpg').read_bytes() == GOOD and (folder/'images'/'p4.jpg').exists()
+
+
+def test_placeholders_survive_a_kill(slow, tmp_path):
+    folder = collection(tmp_path/'c', {f'i{n}': f'{slow.url}/good/{n}' for n in range(60)})
+    run = started(slow, folder, '--drop-placeholders')
+    wait_for(lambda: sum(slow.asked.values()) > 20)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    done = started(slow, folder, '--drop-placeholders')
+    out, err = done.communicate()
+    assert (done.returncode, list((folder/'images').iterdir())) == (0, []), err
+    assert 'the same picture for 60 different URLs, 60 images such as i' in out, out
+    assert '60 of them left out' in out
+    assert max(slow.asked.values()) <= 2 and {row['status'] for row in by_id(folder).values()} == {'placeholder'}
+
+
+def test_killed_while_dropping(placeholders, tmp_path, monkeypatch):
+    folder = spread(placeholders, tmp_path/'c')
+    fetch_images(folder, FetchSettings(**QUICK))
+    with monkeypatch.context() as patched:
+        patched.setattr('newsrepro.fetch.Path.unlink', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))
+    placeholders.asked.clear()
+    assert fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))['outcomes'] == dict(present=7, placeholder=5)
+    assert not placeholders.asked
+
+
+# --- URLs as people write them
+
+def test_urls_are_mended_where_one_can_be_meant(server, tmp_path):
+    host = server.url.removeprefix('http://')
+    urls = {'relative': f'//{host}/good/1', 'bare': f'{host}/good/2', 'entity': f'{server.url}/good/3?a=1&amp;b=2', 'blank': f' {server.url}/good/4 5.jpg\u200b',
+            'iri': f'{server.url}/good/ü.jpg', 'backslash': f'{server.url}\\good\\7', 'quoted': f'"{server.url}/good/8"', 'numeric': f'{server.url}/good/9?a&#38;b&#x26;c',
+            'path': 'images/x.jpg', 'share': r'\\server\x.jpg', 'two': f'{server.url}/good/1 {server.url}/good/2', 'mail': 'mailto:a@b.example'}
+    folder = collection(tmp_path/'c', urls)
+    found = fetch_images(folder, FetchSettings(**QUICK))
+    rows = by_id(folder)
+    assert {i for i, row in rows.items() if row['status'] == 'bad_url'} == {'path', 'share', 'two', 'mail'}
+    assert found['outcomes'] == dict(fetched=8, bad_url=4) and found['mended'] == 7
+    assert set(server.asked) == {'/good/1', '/good/2', '/good/3?a=1&b=2', '/good/4%205.jpg', '/good/%C3%BC.jpg', '/good/7', '/good/8', '/good/9?a&b&c'}
+    assert (rows['relative']['asked_as'], rows['entity']['asked_as']) == (f'{server.url}/good/1', f'{server.url}/good/3?a=1&b=2')
+    assert rows['iri']['asked_as'] == '' and rows['two']['reason'].endswith('more than one URL')
+
+
+# --- fuzzing
+
+ODD = ['', ' ', '0', '-1', '1e9', '9'*400, '\x00', 'ü', '²', '"', ',', ';', '\r', '\n', '\r\n', '[', '{"a":', ']'*50, '&amp;', '%', '%zz', '\\', '/', '//', '..', ':', '@', '#', '?',
+       'http://', 'https:', 'file:///etc/passwd', '\u2028', '\ufeff', 'NaN', 'null', 'gzip', 'chunked', 'Thu, 01 Jan 1970 00:00:00 GMT', 'text/html', 'h2', '64', '127.0.0.1']
+
+
+def mangled(draw: random.Random, raw: bytes, most=4) -> bytes:
+    "Up to `most` cuts, flips, repetitions and insertions."
+    raw = bytearray(raw)
+    for _ in range(draw.randint(0, most)):
+        at, to = sorted(draw.randint(0, len(raw)) for _ in range(2))
+        what = draw.randrange(5)
+        if what == 0: del raw[at:]
+        if what == 1: del raw[at:min(to, at + 20)]
+        if what == 2: raw[at:at] = draw.choice(ODD).encode()
+        if what == 3: raw[at:at] = raw[at:min(to, at + 200)]
+        if what == 4 and raw: raw[at % len(raw)] = draw.randrange(256)
+    return bytes(raw)
+
+
+Image.new('1', (1200, 1200)).save(raw := io.BytesIO(), 'PNG')
+HUGE = raw.getvalue()  # more pixels than the fuzz allows
+BODIES = [GOOD, PNG, gzip.compress(GOOD), gzip.compress(bytes(2**21)), b'', b'<html>', GOOD[:900], HUGE, bytes(2**16), picture('GIF'), picture('WEBP')]
+PICTURES = {GOOD, PNG, picture('GIF'), picture('WEBP')}
+
+
+def any_answer(draw: random.Random) -> bytes:
+    "What a server may send: right, lying, or broken. The body is never changed but by cutting it, so what decodes is known."
+    body = draw.choice(BODIES)
+    names = ['Content-Length', 'Content-Type', 'Content-Encoding', 'Retry-After', 'Location', 'Transfer-Encoding', 'Connection', 'X']
+    values = [str(len(body)), str(len(body) + 7), str(max(0, len(body) - 7)), 'image/jpeg', 'deflate', 'http://a.example/x', '/x', 'http://[::1/', '//', 'http://h3.example/y', *ODD]
+    headers = [f'{draw.choice(names)}: {draw.choice(values)}' for _ in range(draw.randint(0, 4))]
+    if draw.random() < .6: headers.append(f'Content-Length: {len(body)}')
+    if body[:2] == b'\x1f\x8b' and draw.random() < .8: headers.append('Content-Encoding: gzip')
+    status = draw.choice(['200 OK']*6 + ['301 Moved', '302', '307 x', '404 No', '429 Busy', '503 Later', '206 Part', '204 None', '100 Continue', '999 ü', '20 x', '-1', '500 Oops'])
+    head = '\r\n'.join([f'HTTP/1.1 {status}', *headers, '', '']).encode()
+    if draw.random() < .4: head = mangled(draw, head, 2)
+    return head + (body if draw.random() < .8 else body[:draw.randint(0, len(body))])
+
+
+def is_known(raw: bytes) -> bool:
+    "One of the pictures that are sent; its last bytes may lack where all pixels are there."
+    pixels = lambda raw: Image.open(io.BytesIO(raw)).convert('RGB').tobytes()
+    return any(known == raw or known.startswith(raw) and pixels(known) == pixels(raw) for known in PICTURES)
+
+
+class Strangers(httpcore.AsyncMockBackend):
+    "Each connection gets an answer drawn from the seed and the name of the host."
+    def __init__(self, seed): self.seed = seed
+    async def connect_tcp(self, host, *_, **__):
+        draw = random.Random(f'{self.seed} {host}')
+        if draw.random() < .02: raise httpcore.ConnectError('no route')
+        raw, size = any_answer(draw), draw.choice([1000, 2**16])
+        return httpcore.AsyncMockStream([raw[n:n + size] for n in range(0, len(raw), size)])
+
+
+def fuzz_answers(cases: int, seed: int, folder: Path) -> Counter:
+    "Ask strangers; each image ends in an outcome, and what was fetched is one of the pictures that were sent. Returns the outcomes."
+    collection(folder, {f'i{n}': f'http://h{n}.example/x' for n in range(cases)})
+    settings = FetchSettings(max_bytes=2**20, max_pixels=10**6, retries=0, max_wait=0, deadline=20, give_up=cases)
+    found = fetch_images(folder, settings, backend=Strangers(seed))
+    rows = by_id(folder)
+    assert len(rows) == found['images'] == cases and found['have'] + found['dropped'] + found['waiting'] == cases
+    for image, row in rows.items():
+        assert row['status'] in OUTCOMES and row['status'] not in ('pending', 'present') and row['reason'].isprintable(), row
+        files = list((folder/'images').glob(f'{image}.*'))
+        assert len(files) == (row['status'] == 'fetched'), row
+        if files: assert is_known(files[0].read_bytes()) and row['bytes'] == str(files[0].stat().st_size), row
+    assert not list((folder/'images').glob('.*'))
+    return Counter(row['status'] for row in rows.values())
+
+
+def any_rows(draw: random.Random) -> dict:
+    text = lambda: ''.join(draw.choice(ODD + ['abc', 'http://a.example/x.jpg', "'"]) for _ in range(draw.randint(0, 3)))
+    rows = [{c: text() for c in COLUMNS} | dict(dataset='RSS', image_id=f'i{n}', status=draw.choice(list(OUTCOMES)), attempts=draw.choice(['', '3']),
+                                                bytes=draw.choice(['', '12']), equal_urls='') for n in range(draw.randint(0, 4))]
+    return {(row['dataset'], row['image_id']): row for row in rows}
+
+
+def fuzz_reports(cases: int, seed: int, folder: Path) -> Counter:
+    "Read reports and journals that were mangled: rows that any run can go on from, or a refusal. Returns how often which."
+    import pandas as pd
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, found = random.Random(seed), Counter()
+    images = pd.DataFrame([dict(dataset='RSS', split='train', image_id=f'i{n}', url='http://a.example/x.jpg', folder=str(folder), path='', status='missing', sha256='') for n in range(4)])
+    for case in range(cases):
+        rows = any_rows(draw)
+        write_report(folder, rows)
+        (folder/JOURNAL).write_bytes(mangled(draw, '\n'.join(json.dumps(row) for row in any_rows(draw).values()).encode()))
+        if case % 2: (folder/REPORT).write_bytes(mangled(draw, (folder/REPORT).read_bytes()))
+        try: read = read_report(folder)
+        except InputError as error:
+            assert case % 2, f'case {case}: refused its own report: {error}'
+            found['refused'] += 1
+            continue
+        found['read'] += 1
+        if not case % 2: assert rows.keys() <= read.keys()
+        planned, _ = plan(images, folder, read, FetchSettings(), retry_failed=bool(case % 3))
+        assert sum(summary(list(planned.values()), read.values(), 3, 0, 0)['outcomes'].values()) == 4
+        write_report(folder, read)
+        assert read_report(folder) == read, case  # nothing changes on its way through a report
+    return found
+
+
+def fuzz_urls(cases: int, seed: int) -> Counter:
+    "URLs, redirects and Retry-After made of odd parts: a URL of the web, or `Dropped`; seconds, or nothing."
+    draw, found, base = random.Random(seed), Counter(), checked_url('http://a.example/b/c')
+    parts = ODD + ['a.example', 'www.', '.jpg', 'x', ':80', '[::1]', 'user:pw@', 'a_b', 'HTTP', '\ud800', '\u3002', 'xn--', '&#0;', '&#xD800;', '&amp;amp;amp;', '<', '>']
+    for _ in range(cases):
+        text = ''.join(draw.choice(parts) for _ in range(draw.randint(0, 6)))
+        wait = retry_after(text, now=1e9)
+        assert wait is None or 0 <= wait < 1e12
+        came_from = draw.choice([None, base])
+        try: url = checked_url(text, came_from)
+        except Dropped as error: found[error.outcome] += 1
+        else:
+            assert url.scheme in ('http', 'https') and url.raw_host and not url.fragment and str(url).isprintable(), text
+            assert str(checked_url(str(url), came_from)) == str(url), text
+            found['url'] += 1
+    return found
+
+
+def test_fuzz(tmp_path):
+    answers, reports, urls = fuzz_answers(400, 1, tmp_path/'answers'), fuzz_reports(100, 1, tmp_path/'reports'), fuzz_urls(3000, 1)
+    assert {'fetched', 'gone', 'connection', 'not_image', 'too_large', 'damaged', 'busy', 'refused', 'redirects'} <= set(answers)
+    assert min(reports['read'], reports['refused']) > 10
+    assert min(urls['url'], urls['bad_url'], urls['redirects']) > 10
+
+
+if __name__ == '__main__':  # python tests/test_fetch.py CASES SEED
+    cases, seed = map(int, sys.argv[1:])
+    for start in range(0, cases, 2000):
+        with tempfile.TemporaryDirectory() as scratch:
+            for fuzz in (fuzz_answers, fuzz_reports): print(start, fuzz.__name__, dict(fuzz(2000, seed + start, Path(scratch)/fuzz.__name__)), flush=True)
+            print(start, 'fuzz_urls', dict(fuzz_urls(10000, seed + start)), flush=True)
