@@ -19,21 +19,22 @@ import pandas as pd
 
 from .core import InputError, atomic_path
 from .data import read_collection, read_table
-from .metrics import compare_ranks, found, rank_of_truth, summarise
+from .metrics import compare_ranks, found, parse_measure, rank_of_truth, summarise
 
 # %% ../nbs/03_runs.ipynb #obfuscation
 def obfuscate(
     article_id: str,  # nine digits, as in the official truth
 ) -> str:  # ten digits, as in the official test texts and run files
-    "Public form of a real 2021 article id; ValueError where it is not nine digits"
-    if not re.fullmatch('[0-9]{9}', article_id): raise ValueError(f'{article_id!r} is not an article id of nine digits')
+    "Public form of a real 2021 article id; InputError where it is not nine digits"
+    if not re.fullmatch('[0-9]{9}', article_id): raise InputError(f'{article_id!r} is not an article id of nine digits')
     return '1' + article_id[4:] + article_id[:4]
 
 def deobfuscate(
     article_id: str,  # ten digits
 ) -> str:  # nine digits
-    "Real form of an obfuscated 2021 article id; ValueError where it is not ten digits with a leading 1"
-    if not re.fullmatch('1[0-9]{9}', article_id): raise ValueError(f'{article_id!r} is not an obfuscated article id: ten digits, the first of them 1')
+    "Real form of an obfuscated 2021 article id; InputError where it is not ten digits with a leading 1"
+    if not re.fullmatch('1[0-9]{9}', article_id):
+        raise InputError(f'{article_id!r} is not an obfuscated article id: ten digits, the first of them 1')
     return article_id[6:] + article_id[1:6]
 
 # %% ../nbs/03_runs.ipynb #write-run
@@ -244,10 +245,11 @@ def compare_files(
     truth: str | Path,  # truth table or collection folder, as in `read_truth`
     pool: str | Path | Iterable[str] | None = None,  # as in `evaluate_files`
     allow_short: bool = False,  # accept lists of fewer than 100 images
-    metric: str = 'MRR@100',  # a measure of `newsrepro.metrics.measure`
+    metric: str = 'MRR@100',  # MRR, MRR@K or R@K, with K from 1 to 100
     seed: int = 0,  # seed of the interval and of the test
 ) -> dict:  # n, metric, a, b, difference (a - b), ci95 [low, high], p_value
     "Difference of two run files with a bootstrap interval and a paired randomisation test; InputError as `evaluate_files`"
+    parse_measure(metric, DEPTH)
     known, pool = read_truth(truth), _pool(pool)
     if len(known.image_of) < 2: raise InputError(f'{truth}: has one article; a comparison needs at least 2')
     result = compare_ranks(*(ranks_of_file(run, known, pool, allow_short) for run in (a, b)), metric, seed)
