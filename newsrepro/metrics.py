@@ -55,9 +55,11 @@ def parse_measure(
     "A measure's kind and cut-off; InputError names the measures there are, or the depth"
     match = re.fullmatch(r'(?:(MRR)|R)(?:@([1-9][0-9]{0,8}))?', name)
     if not match or name == 'R':
-        raise InputError(f'{name!r} is not a measure; measures are MRR, MRR@K and R@K, as in {", ".join(MEASURES)}')
+        known = f'measures are MRR, MRR@K and R@K, as in {", ".join(MEASURES)}'
+        raise InputError(f'{name!r} is not a measure; {known}')
     k = int(match[2]) if match[2] else np.inf
-    if match[2] and k > depth: raise InputError(f'{name}: only the first {depth} of each list are looked at; K is 1 to {depth}')
+    if match[2] and k > depth:
+        raise InputError(f'{name}: only the first {depth} of each list are looked at; K is 1 to {depth}')
     return match[1] or 'R', k
 
 def measure(
@@ -120,9 +122,10 @@ def _percentile_interval(
     n_resamples: int, seed: int, level: float,  # as of `confidence_intervals`
 ) -> tuple[np.ndarray, np.ndarray]:  # low and high, each of shape (...)
     from scipy.stats import bootstrap  # here, as it is slow to import and `evaluate` does without
-    if values.shape[-1] < 2: raise ValueError(f'an interval needs at least 2 articles, not {values.shape[-1]}')
-    drawn = bootstrap((values,), np.mean, axis=-1, vectorized=True, method='percentile', n_resamples=n_resamples,
-                      confidence_level=level, batch=100, rng=np.random.default_rng(seed))
+    n = values.shape[-1]
+    if n < 2: raise ValueError(f'an interval needs at least 2 articles, not {n}')
+    drawn = bootstrap((values,), np.mean, axis=-1, vectorized=True, method='percentile',
+                      n_resamples=n_resamples, confidence_level=level, batch=100, rng=np.random.default_rng(seed))
     return drawn.confidence_interval
 
 def confidence_intervals(
@@ -133,7 +136,8 @@ def confidence_intervals(
     level: float = .95,  # confidence level
 ) -> dict[str, tuple[float, float]]:  # name -> (low, high)
     "Percentile bootstrap interval of each measure; ValueError for fewer than two articles"
-    low, high = _percentile_interval(np.stack([measure(ranks, m) for m in measures]), n_resamples, seed, level)
+    values = np.stack([measure(ranks, m) for m in measures])
+    low, high = _percentile_interval(values, n_resamples, seed, level)
     return {m: (float(a), float(b)) for m, a, b in zip(measures, low, high)}
 
 # %% ../nbs/02_metrics.ipynb #randomisation-test
@@ -143,11 +147,12 @@ def paired_randomisation_test(
     n_resamples: int = 9999,  # random sign patterns
     seed: int = 0,  # seed of the sign patterns
 ) -> float:  # two-sided p value
-    "Probability of a mean difference as large or larger, were A and B alike; ValueError for fewer than two articles"
+    "Probability of so large a mean difference, were A and B alike; ValueError for fewer than two articles"
     from scipy.stats import permutation_test
     # One sample of paired differences: 'samples' then flips signs (see its documentation).
-    flipped = permutation_test((np.asarray(a) - np.asarray(b),), np.mean, permutation_type='samples', vectorized=True,
-                               n_resamples=n_resamples, batch=500, rng=np.random.default_rng(seed))
+    differences, rng = np.asarray(a) - np.asarray(b), np.random.default_rng(seed)
+    flipped = permutation_test((differences,), np.mean, permutation_type='samples', vectorized=True,
+                               n_resamples=n_resamples, batch=500, rng=rng)
     return float(flipped.pvalue)
 
 # %% ../nbs/02_metrics.ipynb #compare-ranks
@@ -168,8 +173,9 @@ def compare_ranks(
     name: str = 'MRR@100',  # measure
     seed: int = 0,  # seed of the interval and of the test
 ) -> Comparison:
-    "Difference of two runs with bootstrap interval and paired test; ValueError for unequal or too few articles"
-    if len(ranks_a) != len(ranks_b): raise ValueError(f'{len(ranks_a)} and {len(ranks_b)} ranks are not of the same articles')
+    "Difference of two runs, bootstrap interval and paired test; ValueError for unequal or too few articles"
+    n, m = len(ranks_a), len(ranks_b)
+    if n != m: raise ValueError(f'{n} and {m} ranks are not of the same articles')
     a, b = measure(ranks_a, name), measure(ranks_b, name)
     low, high = _percentile_interval(a - b, n_resamples=2000, seed=seed, level=.95)
     return Comparison(len(a), name, float(a.mean()), float(b.mean()), float((a - b).mean()),

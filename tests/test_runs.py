@@ -1,5 +1,6 @@
 "Run files: round trips, damaged input, and the official 2021 truth where it is at hand."
 import csv
+import errno
 import random
 import re
 import subprocess
@@ -49,6 +50,18 @@ def test_a_run_is_replaced_whole_or_not_at_all(tmp_path):
     for bad in ({'a': ['\ud800']}, {'a': ['i', 'i']}):
         with pytest.raises(ValueError): write_run(path, bad)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ['run.tsv']
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path/'run.tsv'
+    write_run(path, {'a': ['i', 'j']})
+    before = path.read_bytes()
+    def half(self, text, **_):
+        self.write_bytes(text.encode()[:3])
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_text', half)
+    with pytest.raises(OSError, match='No space left'): write_run(path, {'a': ['j', 'i']})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['run.tsv']
 
 
 pieces = st.sampled_from([b'a', b'i', b'\t', b'\n', b'\r', b'"', b'\0', b'\xff', b'\xef\xbb\xbf', b'articleID', b'\xc3\xa9', b' '])
