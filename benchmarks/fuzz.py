@@ -437,6 +437,7 @@ def work(name: str, first: int, end: int, seed: int, at, found) -> None:
     reader.around(path.parent)
     for data in seeds_of(name)[:1]: outcome_of(reader, path, data)  # imports what it needs
     used = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize() if Path('/proc').exists() else 0
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others talk of each damage
     if used: resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     counts = Counter()
     try:
