@@ -124,8 +124,8 @@ def _percentile_interval(
     from scipy.stats import bootstrap  # here, as it is slow to import and `evaluate` does without
     n = values.shape[-1]
     if n < 2: raise ValueError(f'an interval needs at least 2 articles, not {n}')
-    drawn = bootstrap((values,), np.mean, axis=-1, vectorized=True, method='percentile',
-                      n_resamples=n_resamples, confidence_level=level, batch=100, rng=np.random.default_rng(seed))
+    drawn = bootstrap((values,), np.mean, axis=-1, vectorized=True, method='percentile', batch=100,
+                      n_resamples=n_resamples, confidence_level=level, rng=np.random.default_rng(seed))
     return drawn.confidence_interval
 
 def confidence_intervals(

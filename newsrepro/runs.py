@@ -26,7 +26,8 @@ def obfuscate(
     article_id: str,  # nine digits, as in the official truth
 ) -> str:  # ten digits, as in the official test texts and run files
     "Public form of a real 2021 article id; InputError where it is not nine digits"
-    if not re.fullmatch('[0-9]{9}', article_id): raise InputError(f'{article_id!r} is not an article id of nine digits')
+    if not re.fullmatch('[0-9]{9}', article_id):
+        raise InputError(f'{article_id!r} is not an article id of nine digits')
     return '1' + article_id[4:] + article_id[:4]
 
 def deobfuscate(
@@ -100,7 +101,8 @@ def _rankings(
             line = reader.line_num + 1
     except csv.Error as e: raise InputError(f'{path} line {line}: {e}; is a quote left open?') from e
     if rankings: return rankings
-    raise InputError(f'{path}: holds no ranked list; each line is an article id and its image ids, between tabs')
+    wanted = 'each line is an article id and its image ids, between tabs'
+    raise InputError(f'{path}: holds no ranked list; {wanted}')
 
 # %% ../nbs/03_runs.ipynb #read-run
 DEPTH = 100  # of an official run
@@ -115,10 +117,13 @@ def read_rankings(
     for r in rankings:
         at, article, n = f'{path} line {r.line}:', f'article {r.article_id!r}', len(r.image_ids)
         if not r.article_id: raise InputError(f'{at} no article id before the first tab')
-        if before := line_of.get(r.article_id): raise InputError(f'{at} {article} has a list already, on line {before}')
+        if before := line_of.get(r.article_id):
+            raise InputError(f'{at} {article} has a list already, on line {before}')
         line_of[r.article_id] = r.line
-        if '' in r.image_ids: raise InputError(f'{at} image id {1 + r.image_ids.index("")} of {article} is empty')
-        if n < shortest: raise InputError(f'{at} {article} has {n} image ids, between tabs; {shortest} are needed')
+        if '' in r.image_ids:
+            raise InputError(f'{at} image id {1 + r.image_ids.index("")} of {article} is empty')
+        if n < shortest:
+            raise InputError(f'{at} {article} has {n} image ids, between tabs; {shortest} are needed')
         if twice := _repeated(r.image_ids): raise InputError(f'{at} {article} lists image {twice!r} twice')
     return rankings
 
@@ -162,7 +167,9 @@ def _column(
 ) -> pd.Series:  # stripped text
     columns = {c.lower(): c for c in reversed(table.columns)}
     name = next((columns[n] for n in names if n in columns), None)
-    if name is None: raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {", ".join(table.columns) or "none"}')
+    if name is None:
+        there = ', '.join(table.columns) or 'none'
+        raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {there}')
     return table[name].str.strip()
 
 def _truth_of_table(
@@ -172,7 +179,9 @@ def _truth_of_table(
     article = _column(table, path, ('article_id', 'article', 'articleid', 'aid'))
     image = _column(table, path, ('image_id', 'iid'))
     if table.empty: raise InputError(f'{path}: has a header but no articles')
-    for what, wrong in [('no article id', article == ''), ('no image id', image == ''), ('an article that stands above', article.duplicated())]:
+    refusals = {'no article id': article == '', 'no image id': image == '',
+                'an article that stands above': article.duplicated()}
+    for what, wrong in refusals.items():
         if wrong.any():
             row = f'{table.index.name or "row"} {table.index[wrong][0]}'
             raise InputError(f'{path} {row}: {what}; a truth has one image for each article')
@@ -186,8 +195,11 @@ def _truth_of_folder(
     c = read_collection(path)
     if 'test' in set(c.pairs.split): c = c.subset(split='test')
     names = c.pairs.dataset.unique()
-    if len(names) == 0: raise InputError(f'{path}: names no image for any of its articles, so it holds no truth')
-    if len(names) > 1: raise InputError(f'{path}: holds {len(names)} sets ({", ".join(names)}); give the truth file of one of them')
+    if len(names) == 0:
+        raise InputError(f'{path}: names no image for any of its articles, so it holds no truth')
+    if len(names) > 1:
+        listed = ', '.join(names)
+        raise InputError(f'{path}: holds {len(names)} sets ({listed}); give the truth file of one of them')
     c = c.subset(dataset=names[0])
     url_of = dict(zip(c.articles.article_id, c.articles.url))
     pairs = [(article, image, [url_of.get(article, '')]) for article, image in c.truth.items()]
@@ -220,7 +232,8 @@ def ranks_of_file(
         at, article = f'{run} line {r.line}:', truth.article(r.article_id)
         named = f'article {r.article_id!r}'
         if article is None: raise InputError(f'{at} {named} is not in the truth')
-        if article in retrieved: raise InputError(f'{at} {named} has a list already, on line {line_of[article]}')
+        if article in retrieved:
+            raise InputError(f'{at} {named} has a list already, on line {line_of[article]}')
         if not allow_unknown_images and (unknown := [i for i in r.image_ids if i not in pool]):
             raise InputError(f'{at} image {unknown[0]!r} of {named} is not in the pool of {len(pool)} images')
         retrieved[article], line_of[article] = r.image_ids, r.line
@@ -233,7 +246,7 @@ def _pool(pool: str | Path | Iterable[str] | None) -> Iterable[str] | None:
 def evaluate_files(
     run: str | Path,  # run file, 2021 or 2023 format
     truth: str | Path,  # truth table or collection folder, as in `read_truth`
-    pool: str | Path | Iterable[str] | None = None,  # images that may be listed, a table or ids; None: the truth's
+    pool: str | Path | Iterable[str] | None = None,  # a table or ids of what may be listed; None: the truth's
     allow_short: bool = False,  # accept lists of fewer than 100 images
     allow_unknown_images: bool = False,  # accept image ids that are in no pool
 ) -> dict[str, float]:  # n, found, MRR@100, R@1, R@5, R@10, R@20, R@50, R@100
@@ -251,7 +264,7 @@ def compare_files(
     metric: str = 'MRR@100',  # MRR, MRR@K or R@K, with K from 1 to 100
     seed: int = 0,  # seed of the interval and of the test
 ) -> dict:  # n, metric, a, b, difference (a - b), ci95 [low, high], p_value
-    "Difference of two run files, a bootstrap interval, a paired randomisation test; InputError as `evaluate_files`"
+    "Difference of two run files, its bootstrap interval and paired test; InputError as `evaluate_files`"
     parse_measure(metric, DEPTH)
     known, pool = read_truth(truth), _pool(pool)
     if len(known.image_of) < 2: raise InputError(f'{truth}: has one article; a comparison needs at least 2')

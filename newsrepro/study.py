@@ -168,18 +168,19 @@ def write_table(s: Settings, name: str, rows: list[dict], collection: Collection
     return table
 
 # %% ../nbs/06_study.ipynb #save-run
-_UNFIT = re.compile(r'^(?:con|prn|aux|nul|com\d|lpt\d)\.|^\.+|[^\w.+-]+', re.I)  # at the start: devices, hidden files
+# names of devices and of hidden files, and characters that not every disk takes
+_UNFIT = re.compile(r'^(?:con|prn|aux|nul|com\d|lpt\d)\.|^\.+|[^\w.+-]+', re.I)
 
 def _mark(name: str) -> str: return hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
 
-def _file_part(name: str, most: int = 100) -> str:  # at most so many bytes, and a mark where `name` is not fit as it is
+def _file_part(name: str, most: int = 100) -> str:  # so many bytes, and a mark where `name` is not fit as it is
     plain = _UNFIT.sub('-', name).encode('utf-8', 'replace')[:most].decode('utf-8', 'ignore')
     return plain if plain == name else f'{plain}-{_mark(name)}'
 
 def run_file(dataset: str,  # data set and part, as the collection names them
              run: str  # as the paper or the registry names it
             ) -> str:
-    "Name of the file of a run. Data sets of different names have different files; those that are fit keep theirs."
+    "Name of the file of a run, another one for each data set; a name that is fit for a file stays as it is."
     words = _UNFIT.sub('-', run)  # runs are named by the notebooks and the registry, which keep them apart
     return f'{_file_part(dataset)}-{words if len(words.encode()) <= 100 else _file_part(words)}.tsv'
 

@@ -114,7 +114,8 @@ def write_translations(path: str | Path,  # CSV table to be written
                       ) -> None:
     "Write a CSV table with the columns `text` and `translation`."
     table = pd.DataFrame(list(translations.items()), columns=['text', 'translation'])
-    bare = any('\r' in text for pair in translations.items() for text in pair)  # would end a line outside of quotes
+    # outside of quotes a carriage return would end the line
+    bare = any('\r' in text for pair in translations.items() for text in pair)
     quoting = csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
     with atomic_path(path) as part: table.to_csv(part, index=False, lineterminator='\n', quoting=quoting)
 
