@@ -20,21 +20,25 @@ import regex
 from .core import InputError
 
 # %% ../nbs/01a_cleaning.ipynb #kinds
-_PICTURE = r'(?:(?![©®™](?!\uFE0F))[\p{Extended_Pictographic}\p{Emoji_Presentation}]\uFE0F?\p{Emoji_Modifier}?\uFE0F?\u20E3?[\U000E0020-\U000E007F]*)'
+_PICTURE = (r'(?:(?![©®™](?!\uFE0F))[\p{Extended_Pictographic}\p{Emoji_Presentation}]'
+            r'\uFE0F?\p{Emoji_Modifier}?\uFE0F?\u20E3?[\U000E0020-\U000E007F]*)')
 _WORD = r"[{0}][{0}\p{{M}}\p{{Nd}}\u200C\u200D]*+(?:['’][{0}][{0}\p{{M}}\p{{Nd}}\u200C\u200D]*+)*+"
 KINDS = {
     'url': r'(?:(?i:https?://|\bwww\.)|(?<![\w.@-])(?:[A-Za-z0-9-]++\.)++[A-Za-z]{2,}/)[^\s<>"]*[\w/=#&%-]',
     'email': r'(?<![\w.+-])[\w.+-]++@[\w-]++(?:\.[\w-]++)++',
     'mention': r'(?<!\w)@\w+',
     'hashtag': r'(?<![\w&#＃])[#＃]++(?=\w*\p{L})[\w\u200C\u200D]++',
-    'emoji': rf'\p{{RI}}\p{{RI}}|[0-9#*]\uFE0F?\u20E3|{_PICTURE}(?:\u200D{_PICTURE}){{0,9}}+|\p{{Emoji_Modifier}}',
+    'emoji': r'\p{RI}\p{RI}|[0-9#*]\uFE0F?\u20E3|'
+             rf'{_PICTURE}(?:\u200D{_PICTURE}){{0,9}}+|\p{{Emoji_Modifier}}',
     'tag': r'<[^<>\s]{1,60}>',
     'abbreviation': r'(?<![\w.])\p{L}(?:\.\p{L}(?!\w))++(?:\.(?!\w))?+(?!\.\w)',  # U.S., z.B.
-    'number': r'(?:(?<![^\s(\[])[+−-])?+\p{Nd}[\p{L}\p{M}\p{Nd}]*+(?:[.,:/\'’٫٬]\p{Nd}++)*+(?:[ \u00A0\u202F]?[%‰])?',
+    'number': r'(?:(?<![^\s(\[])[+−-])?+\p{Nd}[\p{L}\p{M}\p{Nd}]*+'
+              r'(?:[.,:/\'’٫٬]\p{Nd}++)*+(?:[ \u00A0\u202F]?[%‰])?',
     'latin': _WORD.format(r'\p{Latin}') + r'(?![\p{L}\p{M}])',
     'word': _WORD.format(r'\p{L}')}
 
-def _pattern(*kinds: str, flags=regex.V1) -> regex.Pattern: return regex.compile('|'.join(f'(?P<{k}>{KINDS[k]})' for k in kinds), flags)
+def _pattern(*kinds: str, flags=regex.V1) -> regex.Pattern:
+    return regex.compile('|'.join(f'(?P<{k}>{KINDS[k]})' for k in kinds), flags)
 _TOKEN = _pattern(*KINDS)
 
 # %% ../nbs/01a_cleaning.ipynb #on-words
@@ -42,20 +46,24 @@ def on_words(text: str,
              f: Callable[[str], str],  # Latin-script word (in composed form, NFC) -> what stands in its place
              joined: bool = True  # also words tied to a neighbour, as in u-turn, R&B
             ) -> str:
-    "Apply `f` to the words in Latin script and leave all else as it is: links, handles, hashtags, tags, emoji, numbers, other scripts."
+    "Apply `f` to the words in Latin script; links, handles, tags, emoji, numbers, other scripts stay."
     def replace(m):
-        if m.lastgroup != 'latin' or not joined and (_TIED.match(text, m.start()) or _TIE.match(text, m.end())): return m[0]
+        tied = not joined and (_TIED.match(text, m.start()) or _TIE.match(text, m.end()))
+        if m.lastgroup != 'latin' or tied: return m[0]
         word = normalize('NFC', m[0])
         new = f(word)
         return m[0] if new == word else new
     return _TOKEN.sub(replace, text)
 
-_TIED, _TIE = regex.compile(r"(?<=[-‐‑&/@_'’.])"), regex.compile(r"[-‐‑&/@_'’…]|\.[\w.]")  # before a word, after it
+_TIED = regex.compile(r"(?<=[-‐‑&/@_'’.])")  # before a word
+_TIE = regex.compile(r"[-‐‑&/@_'’…]|\.[\w.]")  # after it
 
 # %% ../nbs/01a_cleaning.ipynb #lower-case
 _SPARED = _pattern('url', 'emoji')
 
-def lower_case(text: str, language: str = 'en') -> str:
+def lower_case(text: str,  # any text
+               language: str = 'en'  # of the text; tr and az have a small I of their own
+              ) -> str:
     "Small letters, but in links and emoji; `I` becomes `ı` only where `language` is tr or az."
     small = lambda s: (s.replace('İ', 'i').replace('I', 'ı') if language in ('tr', 'az') else s).lower()
     pieces, end = [], 0
@@ -66,42 +74,55 @@ def lower_case(text: str, language: str = 'en') -> str:
 
 # %% ../nbs/01a_cleaning.ipynb #remove-punctuation
 _MARKS = _pattern('url', 'email', 'mention', 'emoji', 'abbreviation', 'number')
-_MARKS = regex.compile(rf"{_MARKS.pattern}|(?P<close>(?<=[\p{{L}}\p{{M}}])['’](?=\p{{L}}))|(?P<mark>[\p{{P}}\p{{Sm}}\p{{Sk}}])", regex.V1)
+_CLOSE, _MARK = r"(?P<close>(?<=[\p{L}\p{M}])['’](?=\p{L}))", r'(?P<mark>[\p{P}\p{Sm}\p{Sk}])'
+_MARKS = regex.compile(f'{_MARKS.pattern}|{_CLOSE}|{_MARK}', regex.V1)
 
-def remove_punctuation(text: str, language: str = 'en') -> str:
-    "A space for every mark outside of links, handles, emoji and numbers; don't becomes dont, U.S. becomes US."
+def remove_punctuation(text: str,  # any text
+                       language: str = 'en'  # of the text; the same for all
+                      ) -> str:
+    "A space for a mark outside of links, handles, emoji, numbers; don't becomes dont, U.S. becomes US."
     new = {'close': lambda s: '', 'mark': lambda s: ' ', 'abbreviation': lambda s: s.replace('.', '')}
     return _MARKS.sub(lambda m: new.get(m.lastgroup, str)(m[0]), text)
 
 # %% ../nbs/01a_cleaning.ipynb #remove-spaces
-_INVISIBLE = regex.compile(r'[\u00AD\u061C\u200E\u200F\u202A-\u202E\u2060\u2066-\u2069\uFEFF]')  # soft hyphen, direction marks, byte order mark
+# soft hyphen, direction marks, byte order mark
+_INVISIBLE = regex.compile(r'[\u00AD\u061C\u200E\u200F\u202A-\u202E\u2060\u2066-\u2069\uFEFF]')
 
-def remove_spaces(text: str, language: str = 'en') -> str:
-    "One space for any white space, none at the ends; marks that show nothing go, but for the joiners of words and emoji."
+def remove_spaces(text: str,  # any text
+                  language: str = 'en'  # of the text; the same for all
+                 ) -> str:
+    "One space for any white space, none at the ends; invisible marks go, but for joiners of words and emoji."
     return ' '.join(_INVISIBLE.sub('', text).replace('\u200B', ' ').split())
 
 # %% ../nbs/01a_cleaning.ipynb #remove-stop-words
-_ENGLISH_STOPS = set('''i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his himself she she's
-her hers herself it it's its itself they them their theirs themselves what which who whom this that that'll these those am is are was were be been being
-have has had having do does did doing a an the and but if or because as until while of at by for with about against between into through during before
-after above below to from up down in out on off over under again further then once here there when where why how all any both each few more most other
-some such no nor not only own same so than too very s t can will just don don't should should've now d ll m o re ve y ain aren aren't couldn couldn't
-didn didn't doesn doesn't hadn hadn't hasn hasn't haven haven't isn isn't ma mightn mightn't mustn mustn't needn needn't shan shan't shouldn shouldn't
-wasn wasn't weren weren't won won't wouldn wouldn't'''.split())
+_ENGLISH_STOPS = set('''
+i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his
+himself she she's her hers herself it it's its itself they them their theirs themselves what which who whom
+this that that'll these those am is are was were be been being have has had having do does did doing a an the
+and but if or because as until while of at by for with about against between into through during before after
+above below to from up down in out on off over under again further then once here there when where why how all
+any both each few more most other some such no nor not only own same so than too very s t can will just don
+don't should should've now d ll m o re ve y ain aren aren't couldn couldn't didn didn't doesn doesn't hadn
+hadn't hasn hasn't haven haven't isn isn't ma mightn mightn't mustn mustn't needn needn't shan shan't shouldn
+shouldn't wasn wasn't weren weren't won won't wouldn wouldn't'''.split())
 
 def _check_language(language: str):
-    if language not in ('en', 'de'): raise InputError(f'language {language!r}: words are known for en and de; clean other languages without these steps')
+    if language in ('en', 'de'): return
+    raise InputError(f'language {language!r}: words are known for en and de; leave out this step')
 
 @cache
 def _stops(language: str) -> frozenset[str]:
     from stop_words import get_stop_words
     return frozenset(_ENGLISH_STOPS if language == 'en' else get_stop_words('de'))
 
-def remove_stop_words(text: str, language: str = 'en') -> str:
+def remove_stop_words(text: str,  # any text
+                      language: str = 'en'  # 'en' or 'de'
+                     ) -> str:
     "Drop function words and the space they leave; raises `InputError` unless `language` is en or de."
     _check_language(language)
     acronym = lambda w: len(w) > 1 and w.isupper()
-    new = on_words(text, lambda w: '' if w.lower().replace('’', "'") in _stops(language) and not acronym(w) else w)
+    is_stop = lambda w: w.lower().replace('’', "'") in _stops(language) and not acronym(w)
+    new = on_words(text, lambda w: '' if is_stop(w) else w)
     return new if new == text else ' '.join(new.split())
 
 # %% ../nbs/01a_cleaning.ipynb #stem
@@ -110,9 +131,12 @@ MEMO = 2**16  # words remembered per step, some 10 MB
 @lru_cache(MEMO)
 def _stem(word: str, language: str) -> str:
     from snowballstemmer import stemmer
-    return stemmer({'en': 'english', 'de': 'german'}[language]).stemWord(word.lower())  # a stemmer has state: a new one for each call
+    new = stemmer({'en': 'english', 'de': 'german'}[language])  # a stemmer has state: one for each call
+    return new.stemWord(word.lower())
 
-def stem(text: str, language: str = 'en') -> str:
+def stem(text: str,  # any text
+         language: str = 'en'  # 'en' or 'de'
+        ) -> str:
     "Snowball stem of each word, in small letters; raises `InputError` unless `language` is en or de."
     _check_language(language)
     return on_words(text, partial(_stem, language=language))
@@ -122,19 +146,23 @@ def _lemma(word: str, language: str) -> str:
     import simplemma
     return simplemma.lemmatize(word, lang=language)
 
-def lemmatise(text: str, language: str = 'en') -> str:
-    "Dictionary form of each word, the word itself where it is not known; raises `InputError` unless `language` is en or de."
+def lemmatise(text: str,  # any text
+              language: str = 'en'  # 'en' or 'de'
+             ) -> str:
+    "Dictionary form of each word, itself where unknown; raises `InputError` unless `language` is en or de."
     _check_language(language)
     return on_words(text, lambda w: w if "'" in w or '’' in w else _lemma(w, language))
 
 # %% ../nbs/01a_cleaning.ipynb #expand-contractions
 _ENDINGS = {"n't": 'not', "'ve": 'have', "'ll": 'will', "'re": 'are', "'d": 'would', "'m": 'am', "'s": 'is'}
-_IRREGULAR = {"can't": 'cannot', "won't": 'will not', "shan't": 'shall not', "ain't": 'is not', "let's": 'let us', "y'all": 'you all'}
+_IRREGULAR = {"can't": 'cannot', "won't": 'will not', "shan't": 'shall not', "ain't": 'is not', 
+              "let's": 'let us', "y'all": 'you all'}
 _PRONOUNS = set('''i you he she it we they this that there here who what where when why how y'all
 everyone everybody everything someone somebody something nobody nothing'''.split())
 
 def _like(new: str, word: str) -> str:  # with the capitals of `word`
-    return new.upper() if len(word) > 1 and word.isupper() else new[:1].upper() + new[1:] if word[:1].isupper() else new
+    if len(word) > 1 and word.isupper(): return new.upper()
+    return new[:1].upper() + new[1:] if word[:1].isupper() else new
 
 def _expand(word: str) -> str:
     word = word.replace('’', "'")
@@ -145,34 +173,46 @@ def _expand(word: str) -> str:
             return f'{_expand(base)} {verb.upper() if word[-len(ending):].isupper() else verb}'
     return word
 
-def expand_contractions(text: str, language: str = 'en') -> str:
+def expand_contractions(text: str,  # any text
+                        language: str = 'en'  # other than en: left as it is
+                       ) -> str:
     "Spell out English contractions, with either apostrophe; text in another `language` stays as it is."
     return on_words(text, lambda w: _expand(w) if "'" in w or '’' in w else w) if language == 'en' else text
 
 # %% ../nbs/01a_cleaning.ipynb #name-emoji
-_EMOTICONS = {k: name for name, keys in {'smiling face': ':) :-) (: =) :]', 'grinning face': ':D :-D =D xD XD', 'winking face': ';) ;-)',
-    'frowning face': ':( :-( =( :[', 'crying face': ":'( :’(", 'face with tongue': ':P :-P :p', 'astonished face': ':O :-O :o',
-    'confused face': ':/ :-/', 'red heart': '<3', 'broken heart': '</3'}.items() for k in keys.split()}
+_FACES = {
+    'smiling face': ':) :-) (: =) :]', 'grinning face': ':D :-D =D xD XD', 'winking face': ';) ;-)',
+    'frowning face': ':( :-( =( :[', 'crying face': ":'( :’(", 'face with tongue': ':P :-P :p',
+    'astonished face': ':O :-O :o', 'confused face': ':/ :-/', 'red heart': '<3', 'broken heart': '</3'}
+_EMOTICONS = {key: name for name, keys in _FACES.items() for key in keys.split()}
 _FACE = rf'(?:{"|".join(map(regex.escape, _EMOTICONS))})(?=\s|$|{KINDS["emoji"]})'
-_ICONS = regex.compile(rf'(?P<url>{KINDS["url"]})|[ ]?(?P<icon>{KINDS["emoji"]}|(?<!\S){_FACE})(?:[ ]?(?P<icon>{KINDS["emoji"]}|{_FACE}))*+[ ]?', regex.V1)
+_FIRST, _NEXT = rf'(?P<icon>{KINDS["emoji"]}|(?<!\S){_FACE})', rf'(?P<icon>{KINDS["emoji"]}|{_FACE})'
+_ICONS = regex.compile(rf'(?P<url>{KINDS["url"]})|[ ]?{_FIRST}(?:[ ]?{_NEXT})*+[ ]?', regex.V1)
 
 @lru_cache(MEMO)
 def _icon_names(icon: str, language: str) -> tuple[str, ...]:
     if icon in _EMOTICONS: return (_EMOTICONS[icon],)
     import emoji
-    parts = emoji.demojize(icon, delimiters=('\0', '\0'), language=language if language == 'de' else 'en').split('\0')
+    names = 'de' if language == 'de' else 'en'
+    parts = emoji.demojize(icon, delimiters=('\0', '\0'), language=names).split('\0')
     return tuple(part.replace('_', ' ') for part in parts if part.strip('\u200D\uFE0F'))
 
-def name_emoji(text: str, language: str = 'en', tag: bool = False) -> str:
+def name_emoji(text: str,  # any text
+               language: str = 'en',  # 'de' for German names, else English
+               tag: bool = False  # as tags, <red_heart>
+              ) -> str:
     "Emoji and emoticons as words, or as `<red_heart>` where `tag`."
     form = lambda name: f"<{name.replace(' ', '_')}>" if tag and any(map(str.isalnum, name)) else name
     def replace(m):
         if m['url']: return m[0]
-        names = [form(name) for icon, _ in itertools.groupby(m.captures('icon')) for name in _icon_names(icon, language)]
+        icons = [icon for icon, _ in itertools.groupby(m.captures('icon'))]
+        names = [form(name) for icon in icons for name in _icon_names(icon, language)]
         return ' ' * (m.start() > 0) + ' '.join(names) + ' ' * (m.end() < len(text))
     return _ICONS.sub(replace, text)
 
-def tag_emoji(text: str, language: str = 'en') -> str:
+def tag_emoji(text: str,  # any text
+              language: str = 'en'  # 'de' for German names, else English
+             ) -> str:
     "Emoji and emoticons as tags: `<red_heart>`."
     return name_emoji(text, language, tag=True)
 
@@ -195,16 +235,20 @@ def _known(word: str, language: str) -> bool:  # to either dictionary
     return word in _speller(language) or simplemma.is_known(word, lang=language)
 
 # %% ../nbs/01a_cleaning.ipynb #split-hashtags
-_SEAM = regex.compile(r'_+|(?<=\p{L}[\p{Ll}\p{M}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|(?<=\p{L}{2})(?=\p{Nd})|(?<=\p{Nd})(?=\p{Lu}\p{Ll})', regex.V1)
+_SEAM = regex.compile(r'_+|(?<=\p{L}[\p{Ll}\p{M}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|'
+                      r'(?<=\p{L}{2})(?=\p{Nd})|(?<=\p{Nd})(?=\p{Lu}\p{Ll})', regex.V1)
 
 @lru_cache(MEMO)
 def _segment(word: str) -> str:
-    if not regex.fullmatch('[a-z]{4,40}|[A-Za-z]{12,40}', word) or _known(word, 'en'): return word  # capitalised and short: a name
+    is_joined = regex.fullmatch('[a-z]{4,40}|[A-Za-z]{12,40}', word)  # capitalised and short: a name
+    if not is_joined or _known(word, 'en'): return word
     parts = _web().segment(word)
     if any(len(part) < 3 and part not in _ENGLISH_STOPS for part in parts): return word
     return ' '.join(part.upper() if word.isupper() else part for part in parts)
 
-def split_hashtags(text: str, language: str = 'en') -> str:
+def split_hashtags(text: str,  # any text
+                   language: str = 'en'  # of the text; other than en: at capitals only
+                  ) -> str:
     "Hashtags as words: at capitals, digits and underscores, and where `language` is en by word statistics."
     def split(m):
         if m.lastgroup != 'hashtag': return m[0]
@@ -213,16 +257,22 @@ def split_hashtags(text: str, language: str = 'en') -> str:
     return _TOKEN.sub(split, text)
 
 # %% ../nbs/01a_cleaning.ipynb #replace-slang
-SLANG = dict(line.strip().split(': ') for line in '''u: you; ur: your; r: are; pls: please; plz: please; ppl: people; thx: thanks; tnx: thanks;
-btw: by the way; idk: I do not know; imo: in my opinion; imho: in my opinion; tbh: to be honest; lol: laughing out loud; omg: oh my god; bc: because;
-cuz: because; coz: because; b4: before; gr8: great; l8r: later; m8: mate; tmrw: tomorrow; tonite: tonight; nite: night; thru: through; tho: though;
-wanna: want to; gonna: going to; gotta: got to; gimme: give me; lemme: let me; kinda: kind of; sorta: sort of; dunno: do not know; rn: right now;
-nvm: never mind; fyi: for your information; irl: in real life; smh: shaking my head; bday: birthday; govt: government; teh: the; luv: love; abt: about;
-pic: picture; pics: pictures; vid: video; vids: videos; yr: year; yrs: years; yall: you all; im: I am; ive: I have; dont: do not; cant: cannot;
-wont: will not; didnt: did not; doesnt: does not; isnt: is not; arent: are not; wasnt: was not; werent: were not; couldnt: could not;
-wouldnt: would not; shouldnt: should not; havent: have not; hasnt: has not; thats: that is; whats: what is; youre: you are; theyre: they are'''.split(';'))
+SLANG = dict(line.strip().split(': ') for line in '''
+u: you; ur: your; r: are; pls: please; plz: please; ppl: people; thx: thanks; tnx: thanks; btw: by the way;
+idk: I do not know; imo: in my opinion; imho: in my opinion; tbh: to be honest; lol: laughing out loud;
+omg: oh my god; bc: because; cuz: because; coz: because; b4: before; gr8: great; l8r: later; m8: mate;
+tmrw: tomorrow; tonite: tonight; nite: night; thru: through; tho: though; wanna: want to; gonna: going to;
+gotta: got to; gimme: give me; lemme: let me; kinda: kind of; sorta: sort of; dunno: do not know;
+rn: right now; nvm: never mind; fyi: for your information; irl: in real life; smh: shaking my head;
+bday: birthday; govt: government; teh: the; luv: love; abt: about; pic: picture; pics: pictures; vid: video;
+vids: videos; yr: year; yrs: years; yall: you all; im: I am; ive: I have; dont: do not; cant: cannot;
+wont: will not; didnt: did not; doesnt: does not; isnt: is not; arent: are not; wasnt: was not;
+werent: were not; couldnt: could not; wouldnt: would not; shouldnt: should not; havent: have not;
+hasnt: has not; thats: that is; whats: what is; youre: you are; theyre: they are'''.split(';'))
 
-def replace_slang(text: str, language: str = 'en') -> str:
+def replace_slang(text: str,  # any text
+                  language: str = 'en'  # other than en: left as it is
+                 ) -> str:
     "English net slang spelled out by the table `SLANG`; text in another `language` stays as it is."
     new = lambda w: _like(SLANG[w.lower()], w) if (w if len(w) < 3 else w.lower()) in SLANG else w
     return on_words(text, new, joined=False) if language == 'en' else text
@@ -233,15 +283,20 @@ _RUN = regex.compile(r'(\p{L})\1{2,}', regex.I)
 @lru_cache(MEMO)
 def _shorten(word: str, language: str) -> str:
     pieces = _RUN.split(low := word.lower())  # text, letter, text, letter, text
-    if not 3 <= len(pieces) <= 9 or len(set(low)) < 2 or regex.fullmatch('[IVXLCDM]+', word) or _known(low, language): return word
-    options = (''.join(itertools.chain(*itertools.zip_longest(pieces[::2], (letter * n for letter, n in zip(pieces[1::2], counts)), fillvalue='')))
-               for counts in itertools.product((2, 1), repeat=len(pieces) // 2))
+    is_word = len(set(low)) < 2 or regex.fullmatch('[IVXLCDM]+', word) or _known(low, language)
+    if not 3 <= len(pieces) <= 9 or is_word: return word
+    def written(counts):
+        runs = (letter * n for letter, n in zip(pieces[1::2], counts))
+        return ''.join(itertools.chain(*itertools.zip_longest(pieces[::2], runs, fillvalue='')))
+    options = map(written, itertools.product((2, 1), repeat=len(pieces) // 2))
     speller = _speller(language)
     best = min((o for o in options if o in speller), key=lambda o: (-speller[o], o), default=None)
     return word if best is None else _like(best, word)
 
-def mend_elongations(text: str, language: str = 'en') -> str:
-    "Letters repeated for emphasis, back to a word of the dictionary; raises `InputError` unless `language` is en or de."
+def mend_elongations(text: str,  # any text
+                     language: str = 'en'  # 'en' or 'de'
+                    ) -> str:
+    "Letters repeated for emphasis, back to a known word; raises `InputError` unless `language` is en or de."
     _check_language(language)
     return on_words(text, lambda w: _shorten(w, language) if _RUN.search(w) else w)
 
@@ -252,23 +307,29 @@ _PLAIN = regex.compile('[a-zäöüß]{4,30}')
 def _correct(word: str, language: str) -> str:
     if not _PLAIN.fullmatch(word) or _known(word, language): return word
     speller = _speller(language)
-    near = [w for w in speller.candidates(word) or () if w[0] == word[0] and (len(word) > 5 or sorted(w) == sorted(word))]
+    is_near = lambda w: w[0] == word[0] and (len(word) > 5 or sorted(w) == sorted(word))
+    near = [w for w in speller.candidates(word) or () if is_near(w)]
     best = min(near, key=lambda w: (-speller[w], w), default=word)
     if speller.word_usage_frequency(best) < 1e-6: return word
     rare = language != 'en' or 10 * _web().unigrams.get(word, 0) <= _web().unigrams.get(best, 0)
     return best if rare else word
 
-def mend_typos(text: str, language: str = 'en') -> str:
-    "Misspelled words in small letters, one edit from a common word; raises `InputError` unless `language` is en or de."
+def mend_typos(text: str,  # any text
+               language: str = 'en'  # 'en' or 'de'
+              ) -> str:
+    "Misspelled words, one edit from a common word; raises `InputError` unless `language` is en or de."
     _check_language(language)
-    plain = [m[0] for m in _TOKEN.finditer(text) if m.lastgroup == 'latin' and regex.fullmatch('[a-zäöüß]{3,}', m[0])]
+    latin = (m[0] for m in _TOKEN.finditer(text) if m.lastgroup == 'latin')
+    plain = [word for word in latin if regex.fullmatch('[a-zäöüß]{3,}', word)]
     if 2 * sum(_known(word, language) for word in plain) < len(plain): return text
     end = len(text) - len(regex.search(r'[\p{L}\p{M}]*+$', text)[0])
     return on_words(text[:end], partial(_correct, language=language), joined=False) + text[end:]
 
 # %% ../nbs/01a_cleaning.ipynb #repair-characters
-def repair_characters(text: str, language: str = 'en') -> str:
-    "Composed characters (NFC), ligatures and full-width letters as plain ones, HTML entities, control characters gone, a lone surrogate as U+FFFD."
+def repair_characters(text: str,  # any text
+                      language: str = 'en'  # of the text; the same for all
+                     ) -> str:
+    "Composed characters (NFC), no ligatures, entities or controls, U+FFFD for half characters."
     import ftfy
     return ftfy.fix_text(text, fix_encoding=False, uncurl_quotes=False)  # encodings were repaired on reading
 
@@ -281,7 +342,7 @@ class Step:
     idempotent: bool  # twice is once
 
 STEPS = {
-    'characters': Step(repair_characters, 'composed characters, no ligatures, entities or control characters', True),
+    'characters': Step(repair_characters, 'composed characters, no ligatures, entities or controls', True),
     'lower': Step(lower_case, 'small letters, but in links', True),
     'punctuation': Step(remove_punctuation, 'no punctuation, but in links, handles, emoji and numbers', True),
     'spaces': Step(remove_spaces, 'single spaces, no invisible marks', True),
@@ -296,11 +357,13 @@ STEPS = {
     'elongations': Step(mend_elongations, 'soooo becomes so (en, de)', True),
     'typos': Step(mend_typos, 'common words with one wrong letter (en, de)', True)}
 
-PAPER_ORDER = ('lower', 'punctuation', 'spaces', 'stop-words', 'stem', 'lemmatise', 'contractions')  # Vu et al. 2022, section 3
+# Vu et al. 2022, section 3
+PAPER_ORDER = ('lower', 'punctuation', 'spaces', 'stop-words', 'stem', 'lemmatise', 'contractions')
 SENSIBLE_ORDER = ('contractions', 'stop-words', 'lemmatise', 'stem', 'lower', 'punctuation', 'spaces')
 TWEET_STEPS = ('characters', 'emoji', 'hashtags', 'elongations', 'slang', 'typos')
+# tweets first: their steps need capitals and marks
 PRESETS = {'none': (), 'paper': PAPER_ORDER, 'sensible': SENSIBLE_ORDER, 'tweets': TWEET_STEPS,
-           'paper+tweets': TWEET_STEPS + PAPER_ORDER, 'sensible+tweets': TWEET_STEPS + SENSIBLE_ORDER}  # tweets first: they need capitals and marks
+           'paper+tweets': TWEET_STEPS + PAPER_ORDER, 'sensible+tweets': TWEET_STEPS + SENSIBLE_ORDER}
 
 # %% ../nbs/01a_cleaning.ipynb #clean
 def parse_steps(steps: str  # a name of `PRESETS`, or names of `STEPS` separated by commas
@@ -310,23 +373,27 @@ def parse_steps(steps: str  # a name of `PRESETS`, or names of `STEPS` separated
 
 def _checked(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
-        if name not in STEPS: raise InputError(f"cleaning step {name!r}: there are {', '.join(STEPS)}; or one of {', '.join(PRESETS)} alone")
+        if name in STEPS: continue
+        known = f"there are {', '.join(STEPS)}; or one of {', '.join(PRESETS)} alone"
+        raise InputError(f'cleaning step {name!r}: {known}')
     return tuple(names)
 
-def clean(text: str,
+def clean(text: str,  # any text
           steps: str|Sequence[str] = 'sensible',  # as `parse_steps` reads it, or names of `STEPS`
           language: str = 'en'  # 'en' or 'de' where words are looked up
          ) -> str:
     "Apply `steps` to a text, first to last."
-    for name in parse_steps(steps) if isinstance(steps, str) else _checked(steps): text = STEPS[name].apply(text, language)
+    for name in parse_steps(steps) if isinstance(steps, str) else _checked(steps):
+        text = STEPS[name].apply(text, language)
     return text
 
-def clean_all(texts: Iterable[str],
+def clean_all(texts: Iterable[str],  # any texts
               steps: str|Sequence[str] = 'sensible',  # as in `clean`
               language: str|Sequence[str] = 'en'  # of all texts, or of each
              ) -> list[str]:  # what `clean` makes of each, in their order
-    "Clean many texts; the memory beyond texts and word lists is bounded, as each step remembers at most `MEMO` words."
+    "Clean many texts in bounded memory beyond texts and word lists: a step remembers `MEMO` words at most."
     names, texts = parse_steps(steps) if isinstance(steps, str) else _checked(steps), list(texts)
     languages = [language] * len(texts) if isinstance(language, str) else list(language)
-    if len(languages) != len(texts): raise InputError(f'{len(languages)} languages for {len(texts)} texts: give one, or one for each')
+    if len(languages) != len(texts):
+        raise InputError(f'{len(languages)} languages for {len(texts)} texts: give one, or one for each')
     return [clean(text, names, code) for text, code in zip(texts, languages)]

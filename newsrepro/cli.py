@@ -298,7 +298,7 @@ def evaluate(run: _run_file('RUN'), truth: Truth, pool: Pool = None, allow_short
 @app.command()
 def compare(
     run_a: _run_file('RUN_A'), run_b: _run_file('RUN_B'), truth: Truth, pool: Pool = None, allow_short: Short = False,
-    metric: Annotated[str, typer.Option(help='MRR@100, or R@K.')] = 'MRR@100', as_json: JSON = False,
+    metric: Annotated[str, typer.Option(help='MRR@K or R@K, with K from 1 to 100.')] = 'MRR@100', as_json: JSON = False,
 ) -> None:
     "The difference of two run files, with its interval and a paired test."
     from newsrepro.runs import compare_files

@@ -47,7 +47,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         try: state = load_state_dict(str(path), weights_only=True)
         except Exception as first:
             try: state = torch.jit.load(str(path), map_location='cpu').state_dict()
-            except Exception: raise InputError(f'{path}: corrupt or no checkpoint ({str(first).splitlines()[0][:120]})') from None
+            except Exception:
+                said = ' '.join(str(first).split())[:120] or type(first).__name__
+                raise InputError(f'{path}: corrupt or no checkpoint ({said})') from None
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+        raise InputError(f'{path}: no checkpoint (it holds more than named tensors)')
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items() if key not in JIT_EXTRAS}
 
 def check_weights(state: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path, name: str) -> None:

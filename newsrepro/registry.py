@@ -100,6 +100,7 @@ def notebook_named(name: str) -> Notebook:
     raise InputError(f"no notebook {name!r}; there are {', '.join(n.name for n in NOTEBOOKS)}")
 
 # %% ../nbs/06_registry.ipynb #parameter
+KINDS = MappingProxyType({'str': str, 'int': int, 'float': float, 'bool': bool})
 _RANGE = re.compile(r'\bin ([\[(])(-?[\d.]+), (-?[\d.]+|inf)([\])])$')
 _CHOICE = re.compile(r'\bone of ([\w, -]+)$')
 
@@ -119,14 +120,18 @@ class Parameter:
 
 def parse_parameters(source: str  # source of the cell tagged `parameters`
                     ) -> dict[str, Parameter]:
-    "Parameters declared as `name: type = literal  # help`, in their order."
-    comments = {token.start[0]: token.string.lstrip('# ').strip()
-                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    "Parameters declared as `name: type = literal  # help`, in their order; raises `InputError` naming the line that is none."
+    try:
+        tokens, body = list(tokenize.generate_tokens(io.StringIO(source).readline)), ast.parse(source).body
+    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise InputError(f'parameters: not Python ({error})') from None
+    comments = {token.start[0]: token.string.lstrip('# ').strip() for token in tokens if token.type == tokenize.COMMENT}
     found = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.AnnAssign): raise ValueError(f'line {node.lineno} is no `name: type = value  # help`')
-        name = node.target.id
-        found[name] = Parameter(name, ast.unparse(node.annotation), ast.literal_eval(node.value), comments.get(node.end_lineno, ''))
+    for node in body:
+        try: name, kind, value = node.target.id, node.annotation.id, ast.literal_eval(node.value)
+        except (AttributeError, ValueError, TypeError, RecursionError, MemoryError): name, kind, value = '', '', None
+        if type(value) is not KINDS.get(kind): raise InputError(f'line {node.lineno} is no `name: type = value  # help`')
+        found[name] = Parameter(name, kind, value, comments.get(node.end_lineno, ''))
     return found
 
 # %% ../nbs/06_registry.ipynb #notebook-parameters
@@ -134,14 +139,14 @@ def parse_parameters(source: str  # source of the cell tagged `parameters`
 def notebook_parameters(path: Path  # a notebook
                        ) -> Mapping[str, Parameter]:  # empty where no cell is tagged
     "Parameters of the notebook at `path`; raises `InputError` where it cannot be read."
-    try: cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError, KeyError) as error: raise InputError(f'{path}: not a readable notebook ({error})') from None
-    tagged = [''.join(cell['source']) for cell in cells if 'parameters' in cell['metadata'].get('tags', [])]
+    try:
+        cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+        tagged = [''.join(cell['source']) for cell in cells if 'parameters' in cell['metadata'].get('tags', [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f'{path}: not a readable notebook ({type(error).__name__}: {error})') from None
     return MappingProxyType(parse_parameters(tagged[0]) if tagged else {})
 
 # %% ../nbs/06_registry.ipynb #check-value
-KINDS = MappingProxyType({'str': str, 'int': int, 'float': float, 'bool': bool})
-
 def read_numbers(text: str,  # numbers separated by commas
                  kind: type = float) -> list:
     "The numbers, ascending; raises `ValueError` for anything else."

@@ -19,26 +19,28 @@ import pandas as pd
 
 from .core import InputError, atomic_path
 from .data import read_collection, read_table
-from .metrics import compare_ranks, found, rank_of_truth, summarise
+from .metrics import compare_ranks, found, parse_measure, rank_of_truth, summarise
 
 # %% ../nbs/03_runs.ipynb #obfuscation
 def obfuscate(
     article_id: str,  # nine digits, as in the official truth
 ) -> str:  # ten digits, as in the official test texts and run files
-    "Public form of a real 2021 article id; ValueError where it is not nine digits"
-    if not re.fullmatch('[0-9]{9}', article_id): raise ValueError(f'{article_id!r} is not an article id of nine digits')
+    "Public form of a real 2021 article id; InputError where it is not nine digits"
+    if not re.fullmatch('[0-9]{9}', article_id):
+        raise InputError(f'{article_id!r} is not an article id of nine digits')
     return '1' + article_id[4:] + article_id[:4]
 
 def deobfuscate(
     article_id: str,  # ten digits
 ) -> str:  # nine digits
-    "Real form of an obfuscated 2021 article id; ValueError where it is not ten digits with a leading 1"
-    if not re.fullmatch('1[0-9]{9}', article_id): raise ValueError(f'{article_id!r} is not an obfuscated article id: ten digits, the first of them 1')
+    "Real form of an obfuscated 2021 article id; InputError where it is not ten digits with a leading 1"
+    if not re.fullmatch('1[0-9]{9}', article_id):
+        raise InputError(f'{article_id!r} is not an obfuscated article id: ten digits, the first of them 1')
     return article_id[6:] + article_id[1:6]
 
 # %% ../nbs/03_runs.ipynb #write-run
 def _is_header(field: str) -> bool:
-    "Whether a line that starts with `field` names columns ('header' is what the organisers' random runs have)"
+    "Whether a line that starts with `field` names columns ('header' stands in the organisers' random runs)"
     return field.lstrip('# ').lower() in ('article', 'articleid', 'article_id', 'aid', 'header')
 
 def write_run(
@@ -52,10 +54,10 @@ def write_run(
     if not rows: raise InputError(f'{path}: no ranked lists to write')
     for article, *images in rows:
         odd = [i for i in (article, *images) if not i or i != i.strip() or re.search('[\t\r\n"\ufeff]', i)]
-        if odd: raise InputError(f'{path}: {odd[0]!r}, for article {article!r}, cannot be an id in a run file')
-        if _is_header(article): raise InputError(f'{path}: an article called {article!r} would be read as a header')
+        if odd: raise InputError(f'{path}: {odd[0]!r}, of article {article!r}, cannot be an id in a run file')
+        if _is_header(article): raise InputError(f'{path}: an article {article!r} would be read as a header')
         if not images: raise InputError(f'{path}: no images for article {article!r}')
-        if len(set(images)) < len(images): raise InputError(f'{path}: article {article!r} lists {_repeated(images)!r} twice')
+        if twice := _repeated(images): raise InputError(f'{path}: article {article!r} lists {twice!r} twice')
     if header: rows.insert(0, ['articleID', *(f'iid{k}' for k in range(1, max(map(len, rows))))])
     with atomic_path(path) as beside:
         beside.write_text(''.join('\t'.join(row) + '\n' for row in rows), encoding='utf-8', newline='\n')
@@ -75,11 +77,13 @@ class Ranking:
 
 def _read_text(path: str | Path) -> str:
     try: raw = Path(path).read_bytes()
-    except OSError as e: raise InputError(f'{path}: cannot be read: {e.strerror}; a run file is needed') from e
+    except (OSError, ValueError) as e:
+        raise InputError(f'{path}: cannot be read: {getattr(e, "strerror", e)}; a run file is needed') from e
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         line = 1 + raw.count(b'\n', 0, e.start)
-        raise InputError(f'{path} line {line}: byte {raw[e.start]:#x} is not UTF-8; save the run file as UTF-8') from e
+        wrong = f'byte {raw[e.start]:#x} is not UTF-8'
+        raise InputError(f'{path} line {line}: {wrong}; save the run file as UTF-8') from e
 
 def _rankings(
     path: str | Path,  # run file
@@ -92,11 +96,13 @@ def _rankings(
         for fields in reader:
             article, *images = [f.strip() for f in fields] or ['']
             while images and not images[-1]: images.pop()
-            if (article or images) and not _is_header(article): rankings.append(Ranking(line, article, tuple(images[:depth])))
+            is_list = (article or images) and not _is_header(article)
+            if is_list: rankings.append(Ranking(line, article, tuple(images[:depth])))
             line = reader.line_num + 1
     except csv.Error as e: raise InputError(f'{path} line {line}: {e}; is a quote left open?') from e
-    if not rankings: raise InputError(f'{path}: holds no ranked list; each line is an article id and its image ids, between tabs')
-    return rankings
+    if rankings: return rankings
+    wanted = 'each line is an article id and its image ids, between tabs'
+    raise InputError(f'{path}: holds no ranked list; {wanted}')
 
 # %% ../nbs/03_runs.ipynb #read-run
 DEPTH = 100  # of an official run
@@ -109,14 +115,16 @@ def read_rankings(
     "Lines of a run file, checked; InputError names the line of a short list, or of an empty or repeated id"
     rankings, line_of = _rankings(path, depth), {}
     for r in rankings:
-        at = f'{path} line {r.line}:'
+        at, article, n = f'{path} line {r.line}:', f'article {r.article_id!r}', len(r.image_ids)
         if not r.article_id: raise InputError(f'{at} no article id before the first tab')
-        if r.article_id in line_of: raise InputError(f'{at} article {r.article_id!r} has a list already, on line {line_of[r.article_id]}')
+        if before := line_of.get(r.article_id):
+            raise InputError(f'{at} {article} has a list already, on line {before}')
         line_of[r.article_id] = r.line
-        if '' in r.image_ids: raise InputError(f'{at} image id {1 + r.image_ids.index("")} of article {r.article_id!r} is empty')
-        if len(r.image_ids) < shortest:
-            raise InputError(f'{at} article {r.article_id!r} has {len(r.image_ids)} image ids, between tabs; {shortest} are needed')
-        if twice := _repeated(r.image_ids): raise InputError(f'{at} article {r.article_id!r} lists image {twice!r} twice')
+        if '' in r.image_ids:
+            raise InputError(f'{at} image id {1 + r.image_ids.index("")} of {article} is empty')
+        if n < shortest:
+            raise InputError(f'{at} {article} has {n} image ids, between tabs; {shortest} are needed')
+        if twice := _repeated(r.image_ids): raise InputError(f'{at} {article} lists image {twice!r} twice')
     return rankings
 
 def read_run(
@@ -159,7 +167,9 @@ def _column(
 ) -> pd.Series:  # stripped text
     columns = {c.lower(): c for c in reversed(table.columns)}
     name = next((columns[n] for n in names if n in columns), None)
-    if name is None: raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {", ".join(table.columns) or "none"}')
+    if name is None:
+        there = ', '.join(table.columns) or 'none'
+        raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {there}')
     return table[name].str.strip()
 
 def _truth_of_table(
@@ -169,7 +179,9 @@ def _truth_of_table(
     article = _column(table, path, ('article_id', 'article', 'articleid', 'aid'))
     image = _column(table, path, ('image_id', 'iid'))
     if table.empty: raise InputError(f'{path}: has a header but no articles')
-    for what, wrong in [('no article id', article == ''), ('no image id', image == ''), ('an article that stands above', article.duplicated())]:
+    refusals = {'no article id': article == '', 'no image id': image == '',
+                'an article that stands above': article.duplicated()}
+    for what, wrong in refusals.items():
         if wrong.any():
             row = f'{table.index.name or "row"} {table.index[wrong][0]}'
             raise InputError(f'{path} {row}: {what}; a truth has one image for each article')
@@ -183,8 +195,11 @@ def _truth_of_folder(
     c = read_collection(path)
     if 'test' in set(c.pairs.split): c = c.subset(split='test')
     names = c.pairs.dataset.unique()
-    if len(names) == 0: raise InputError(f'{path}: names no image for any of its articles, so it holds no truth')
-    if len(names) > 1: raise InputError(f'{path}: holds {len(names)} sets ({", ".join(names)}); give the truth file of one of them')
+    if len(names) == 0:
+        raise InputError(f'{path}: names no image for any of its articles, so it holds no truth')
+    if len(names) > 1:
+        listed = ', '.join(names)
+        raise InputError(f'{path}: holds {len(names)} sets ({listed}); give the truth file of one of them')
     c = c.subset(dataset=names[0])
     url_of = dict(zip(c.articles.article_id, c.articles.url))
     pairs = [(article, image, [url_of.get(article, '')]) for article, image in c.truth.items()]
@@ -210,15 +225,17 @@ def ranks_of_file(
     allow_short: bool = False,  # accept lists of any length
     allow_unknown_images: bool = False,  # accept image ids that are in no pool
 ) -> np.ndarray:  # int64 (n articles of the truth,), in its order: 1-based rank, 0 = not among the first 100
-    "Rank of the right image in each list of a run file; InputError names the line and the id that is not known"
+    "Rank of the right image in each list of a run file; InputError names the line and the id not known"
     pool = truth.pool if pool is None else truth.pool | frozenset(pool)
     retrieved, line_of = {}, {}
     for r in read_rankings(run, shortest=1 if allow_short else min(DEPTH, len(pool))):
         at, article = f'{run} line {r.line}:', truth.article(r.article_id)
-        if article is None: raise InputError(f'{at} article {r.article_id!r} is not in the truth')
-        if article in retrieved: raise InputError(f'{at} article {r.article_id!r} has a list already, on line {line_of[article]}')
+        named = f'article {r.article_id!r}'
+        if article is None: raise InputError(f'{at} {named} is not in the truth')
+        if article in retrieved:
+            raise InputError(f'{at} {named} has a list already, on line {line_of[article]}')
         if not allow_unknown_images and (unknown := [i for i in r.image_ids if i not in pool]):
-            raise InputError(f'{at} image {unknown[0]!r} of article {r.article_id!r} is not in the pool of {len(pool)} images')
+            raise InputError(f'{at} image {unknown[0]!r} of {named} is not in the pool of {len(pool)} images')
         retrieved[article], line_of[article] = r.image_ids, r.line
     return rank_of_truth(retrieved, truth.image_of, DEPTH)
 
@@ -229,7 +246,7 @@ def _pool(pool: str | Path | Iterable[str] | None) -> Iterable[str] | None:
 def evaluate_files(
     run: str | Path,  # run file, 2021 or 2023 format
     truth: str | Path,  # truth table or collection folder, as in `read_truth`
-    pool: str | Path | Iterable[str] | None = None,  # images that may be listed: a table (see `read_pool`) or ids; None: those of the truth
+    pool: str | Path | Iterable[str] | None = None,  # a table or ids of what may be listed; None: the truth's
     allow_short: bool = False,  # accept lists of fewer than 100 images
     allow_unknown_images: bool = False,  # accept image ids that are in no pool
 ) -> dict[str, float]:  # n, found, MRR@100, R@1, R@5, R@10, R@20, R@50, R@100
@@ -244,10 +261,11 @@ def compare_files(
     truth: str | Path,  # truth table or collection folder, as in `read_truth`
     pool: str | Path | Iterable[str] | None = None,  # as in `evaluate_files`
     allow_short: bool = False,  # accept lists of fewer than 100 images
-    metric: str = 'MRR@100',  # a measure of `newsrepro.metrics.measure`
+    metric: str = 'MRR@100',  # MRR, MRR@K or R@K, with K from 1 to 100
     seed: int = 0,  # seed of the interval and of the test
 ) -> dict:  # n, metric, a, b, difference (a - b), ci95 [low, high], p_value
-    "Difference of two run files with a bootstrap interval and a paired randomisation test; InputError as `evaluate_files`"
+    "Difference of two run files, its bootstrap interval and paired test; InputError as `evaluate_files`"
+    parse_measure(metric, DEPTH)
     known, pool = read_truth(truth), _pool(pool)
     if len(known.image_of) < 2: raise InputError(f'{truth}: has one article; a comparison needs at least 2')
     result = compare_ranks(*(ranks_of_file(run, known, pool, allow_short) for run in (a, b)), metric, seed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COUNTS', 'OFFICIAL_TEST_SIZES', 'Settings', 'settings', 'mini_root', 'resolve_data', 'write_provenance',
-           'tidy_table', 'measure_rows', 'markdown_table', 'table_note', 'write_table', 'save_run', 'write_figure',
-           'is_papers']
+           'tidy_table', 'measure_rows', 'markdown_table', 'table_note', 'write_table', 'run_file', 'save_run',
+           'write_figure', 'is_papers']
 
 # %% ../nbs/06_study.ipynb #imports
 import hashlib, json, re, tempfile
@@ -167,13 +167,33 @@ def write_table(s: Settings, name: str, rows: list[dict], collection: Collection
     return table
 
 # %% ../nbs/06_study.ipynb #save-run
-def save_run(s: Settings, dataset: str, run: str,
+# names of devices and of hidden files, and characters that not every disk takes
+_UNFIT = re.compile(r'^(?:con|prn|aux|nul|com\d|lpt\d)\.|^\.+|[^\w.+-]+', re.I)
+
+def _mark(name: str) -> str: return hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
+
+def _file_part(name: str, most: int = 100) -> str:  # so many bytes, and a mark where `name` is not fit as it is
+    plain = _UNFIT.sub('-', name).encode('utf-8', 'replace')[:most].decode('utf-8', 'ignore')
+    return plain if plain == name else f'{plain}-{_mark(name)}'
+
+def run_file(dataset: str,  # data set and part, as the collection names them
+             run: str  # as the paper or the registry names it
+            ) -> str:
+    "Name of the file of a run, another one for each data set; a name that is fit for a file stays as it is."
+    words = _UNFIT.sub('-', run)  # runs are named by the notebooks and the registry, which keep them apart
+    return f'{_file_part(dataset)}-{words if len(words.encode()) <= 100 else _file_part(words)}.tsv'
+
+def save_run(s: Settings,  # of the notebook
+             dataset: str,  # as of `run_file`
+             run: str,  # as of `run_file`
              retrieved: Mapping[str, list[str]],  # article id -> image ids, best first
              **options  # of `newsrepro.runs.write_run`
             ) -> Path:
     "Write `runs/<paper>/<dataset>-<run>.tsv`; returns its path."
-    name = re.sub(r'[^\w.+-]+', '-', f'{dataset}-{run}')
-    target = s.out_dir/'runs'/s.notebook.paper/f'{name}.tsv'
+    target = s.out_dir/'runs'/s.notebook.paper/run_file(dataset, run)
+    others = {path.name for path in target.parent.glob('*.tsv')} - {target.name}
+    if target.name.lower() in map(str.lower, others):  # one file on many a disk
+        target = target.with_stem(f'{target.stem}-{_mark(target.stem)}')
     write_run(target, retrieved, **options)
     return target
 

@@ -9,88 +9,124 @@ __all__ = ['LANGUAGES', 'SELECTIONS', 'detect_languages', 'paragraphs', 'sentenc
            'select', 'token_loss', 'wordpiece_counter']
 
 # %% ../nbs/01_text.ipynb #imports
-import hashlib, re, sqlite3
+import csv, hashlib, re, sqlite3, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
 
 from .checkpoints import MARIAN_FILES, find_model, model_name
-from .core import InputError, atomic_path, file_digest
+from .core import InputError, atomic_path, file_digest, read_json
 from .data import read_table
 
 # %% ../nbs/01_text.ipynb #detect-languages
 LANGUAGES = ('de', 'en')
 
+_HALVES, _NO_WORD = re.compile('[\ud800-\udfff]'), re.compile(r'\S{101,}')
+
+def _whole(text: str) -> str: return _HALVES.sub('\ufffd', text)
+
+def _sample(text: str) -> str:  # of a text, to tell its language by
+    words = _NO_WORD.sub(' ', text)
+    return _whole(words if words.strip() else text).replace('\0', ' ')[:10_000]
+
 @cache
 def _detector(languages: tuple[str, ...]):
     from lingua import IsoCode639_1, LanguageDetectorBuilder
-    known = {code.name.lower(): code for code in map(IsoCode639_1.__dict__.get, dir(IsoCode639_1)) if hasattr(code, 'name')}
-    if unknown := [code for code in languages if code not in known]: raise InputError(f'language {unknown[0]!r}: use a code of two letters, such as de or en')
-    if len(set(languages)) < 2: raise InputError(f"languages {','.join(languages)!r}: name two or more to choose from")
+    codes = map(IsoCode639_1.__dict__.get, dir(IsoCode639_1))
+    known = {code.name.lower(): code for code in codes if hasattr(code, 'name')}
+    if unknown := [code for code in languages if code not in known]:
+        raise InputError(f'language {unknown[0]!r}: use a code of two letters, such as de or en')
+    if len(set(languages)) < 2:
+        raise InputError(f"languages {','.join(languages)!r}: name two or more to choose from")
     return LanguageDetectorBuilder.from_iso_codes_639_1(*(known[code] for code in languages)).build()
 
-def detect_languages(texts: Sequence[str], languages: Sequence[str] = LANGUAGES  # ISO 639-1 codes to choose from
+def detect_languages(texts: Sequence[str],  # any texts
+                     languages: Sequence[str] = LANGUAGES  # ISO 639-1 codes to choose from
                     ) -> list[str]:  # a code a text, '' where a text has no words
     "The likeliest of `languages` for each text; raises `InputError` for a code that is none."
-    found = _detector(tuple(languages)).detect_languages_in_parallel_of([text.replace('\0', ' ') for text in texts])
+    found = _detector(tuple(languages)).detect_languages_in_parallel_of([*map(_sample, texts)])
     return [language.iso_code_639_1.name.lower() if language else '' for language in found]
 
 # %% ../nbs/01_text.ipynb #paragraphs
 _AFTER = r'[A-ZÄÖÜ][\w’\'-]*[\s,]'  # a word, so that GmbH.Co, www.Name.de and v.Chr. stay whole
-_FUSED = re.compile(rf'(?:(?<=[a-zäöüß][a-zäöüß)“”"»][.!?])|(?<=[a-zäöüß][.!?][“”"«])|(?<=\d\d\d[.!?]))(?=[„»]?{_AFTER})')
+_BEFORE = r'(?<=[a-zäöüß][a-zäöüß)“”"»][.!?])|(?<=[a-zäöüß][.!?][“”"«])|(?<=\d\d\d[.!?])'
+_FUSED = re.compile(rf'(?:{_BEFORE})(?=[„»]?{_AFTER})')
 
-def paragraphs(text: str) -> list[str]:
+def paragraphs(text: str  # an article's body
+              ) -> list[str]:
     "Paragraphs of `text`, parted by line breaks or by breaks that were taken out after a full stop."
     return [part.strip() for line in text.splitlines() for part in _FUSED.split(line) if part.strip()]
 
 # %% ../nbs/01_text.ipynb #sentences
-def sentences(text: str, language: str = 'en'  # ISO 639-1 code
+def sentences(text: str,  # one paragraph
+              language: str = 'en'  # ISO 639-1 code
              ) -> list[str]:
     "Sentences of one paragraph, without the space around them."
     import sentencex
-    return [sentence for part in sentencex.segment(language or 'en', text) if (sentence := part.strip())]
+    found = sentencex.segment(language or 'en', _whole(text))
+    return [sentence for part in found if (sentence := part.strip())]
 
 # %% ../nbs/01_text.ipynb #translation-memory
 class TranslationMemory:
-    "Translations on disk, keyed by model and text; safe against a kill at any moment and against other processes."
+    "Translations on disk, keyed by model and text; safe against a kill and against other processes."
     def __init__(self, path: str | Path):  # SQLite file, made where there is none
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._open() as db, db: db.execute('CREATE TABLE IF NOT EXISTS translations (model TEXT, text TEXT, translation TEXT, PRIMARY KEY (model, text)) WITHOUT ROWID')
+        with self._open() as db, db:
+            db.execute('CREATE TABLE IF NOT EXISTS translations '
+                       '(model TEXT, text TEXT, translation TEXT, PRIMARY KEY (model, text)) WITHOUT ROWID')
 
     def _open(self):
         return closing(sqlite3.connect(self.path, timeout=60))
 
-    def find(self, model: str, texts: Iterable[str]) -> dict[str, str]:
+    def find(self, model: str,  # label of a translator
+             texts: Iterable[str]  # whole texts or sentences
+            ) -> dict[str, str]:
         "Those of `texts` that `model` has translated."
+        query = 'SELECT translation FROM translations WHERE model = ? AND text = ?'
         with self._open() as db:
-            rows = ((text, db.execute('SELECT translation FROM translations WHERE model = ? AND text = ?', (model, text)).fetchone()) for text in set(texts))
+            rows = ((text, db.execute(query, (model, text)).fetchone()) for text in set(texts))
             return {text: row[0] for text, row in rows if row}
 
-    def add(self, model: str, translations: Mapping[str, str]) -> None:
+    def add(self, model: str,  # label of a translator
+            translations: Mapping[str, str]  # by text
+           ) -> None:
         "Keep `translations`; all of them or none."
-        with self._open() as db, db: db.executemany('INSERT OR REPLACE INTO translations VALUES (?, ?, ?)', [(model, *pair) for pair in translations.items()])
+        rows = [(model, *pair) for pair in translations.items()]
+        insert = 'INSERT OR REPLACE INTO translations VALUES (?, ?, ?)'
+        with self._open() as db, db: db.executemany(insert, rows)
 
-    def all(self, model: str) -> dict[str, str]:
+    def all(self, model: str  # label of a translator
+           ) -> dict[str, str]:
         "Everything that `model` has translated, by text in order."
-        with self._open() as db: return dict(db.execute('SELECT text, translation FROM translations WHERE model = ? ORDER BY text', (model,)))
+        query = 'SELECT text, translation FROM translations WHERE model = ? ORDER BY text'
+        with self._open() as db: return dict(db.execute(query, (model,)))
 
 # %% ../nbs/01_text.ipynb #translation-tables
-def write_translations(path: str | Path, translations: Mapping[str, str]) -> None:
+def write_translations(path: str | Path,  # CSV table to be written
+                       translations: Mapping[str, str]  # by text
+                      ) -> None:
     "Write a CSV table with the columns `text` and `translation`."
-    with atomic_path(path) as part: pd.DataFrame(list(translations.items()), columns=['text', 'translation']).to_csv(part, index=False, lineterminator='\n')
+    table = pd.DataFrame(list(translations.items()), columns=['text', 'translation'])
+    # outside of quotes a carriage return would end the line
+    bare = any('\r' in text for pair in translations.items() for text in pair)
+    quoting = csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
+    with atomic_path(path) as part: table.to_csv(part, index=False, lineterminator='\n', quoting=quoting)
 
 def read_translations(path: str | Path  # CSV, TSV or Parquet with the columns `text` and `translation`
                      ) -> dict[str, str]:
     "Translations by text; raises `InputError` on a missing column or on two translations of one text."
     table, _ = read_table(path)
-    if missing := {'text', 'translation'} - set(table.columns): raise InputError(f"{path}: no column {sorted(missing)[0]!r}; a table of translations has the columns text and translation")
-    twice = table[table.duplicated('text', keep=False) & ~table.duplicated(['text', 'translation'], keep=False)]
+    if missing := {'text', 'translation'} - set(table.columns):
+        raise InputError(f'{path}: no column {sorted(missing)[0]!r}; it must have text and translation')
+    pairs = table[['text', 'translation']].drop_duplicates()
+    twice = pairs[pairs.duplicated('text')]
     if len(twice): raise InputError(f'{path}: two translations of {twice.text.iloc[0][:60]!r}; keep one')
     return dict(zip(table.text, table.translation))
 
@@ -99,16 +135,22 @@ def load_marian(folder: Path  # as `find_model` returns it
                ) -> tuple:  # model in evaluation mode, tokenizer
     "A Marian model, complete or refused by `InputError`."
     from transformers import MarianMTModel, MarianTokenizer
-    try: model, report = MarianMTModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype='float32')
-    except Exception as error: raise InputError(f'{folder}: corrupt or no Marian model ({" ".join(str(error).split())[:160]})') from None
+    try:
+        model, report = MarianMTModel.from_pretrained(folder, local_files_only=True, output_loading_info=True,
+                                                      dtype='float32')
+        tokenizer = MarianTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        said = ' '.join(str(error).split())[:160]
+        raise InputError(f'{folder}: corrupt or no Marian model ({said})') from None
     gaps = sorted(report['missing_keys']) + sorted(str(key) for key in report.get('mismatched_keys') or ())
-    if gaps: raise InputError(f'{folder}: the checkpoint has no {gaps[0]} of the shape that config.json states')
-    return model.eval().requires_grad_(False), MarianTokenizer.from_pretrained(folder, local_files_only=True)
+    if gaps: raise InputError(f'{folder}: the checkpoint lacks {gaps[0]} as config.json states it')
+    return model.eval().requires_grad_(False), tokenizer
 
-def folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path  # of a model
+                      ) -> str:
     "SHA-256 over the names and contents of the files in `folder` that make a model what it is."
-    found = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in ('.json', '.txt', '.spm', '.safetensors', '.bin')):
+    found, kinds = hashlib.sha256(), ('.json', '.txt', '.spm', '.safetensors', '.bin')
+    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
         found.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     return found.hexdigest()
 
@@ -119,39 +161,51 @@ def length_batches(lengths: Sequence[int],  # tokens of each sentence
     "Indices in batches of like length."
     batch = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and lengths[batch[0]]*(len(batch) + 1) > budget: yield batch; batch = []
+        if batch and lengths[batch[0]]*(len(batch) + 1) > budget:
+            yield batch
+            batch = []
         batch.append(index)
     if batch: yield batch
 
-def windows(text: str, count: Callable[[str], int],  # tokens of a word, without the special ones
+def windows(text: str,  # any text
+            count: Callable[[str], int],  # tokens of a word, without the special ones
             budget: int  # tokens a window
            ) -> list[str]:
     "`text` cut at spaces into windows of at most `budget` tokens; a longer word is a window by itself."
     parts, used = [[]], 0
     for word in text.split():
         size = count(word)
-        if parts[-1] and used + size > budget: parts.append([]); used = 0
-        parts[-1].append(word); used += size
+        if parts[-1] and used + size > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(word)
+        used += size
     return [' '.join(words) for words in parts if words]
 
 # %% ../nbs/01_text.ipynb #translate-batches
-def translate_batches(model, tokenizer,  # of `load_marian`
-                      texts: Sequence[str],  # each within the model's positions
+def translate_batches(model,  # of `load_marian`
+                      tokenizer,  # of `load_marian`
+                      texts: Sequence[str],  # only what fits the model's positions of each is read
                       budget: int = 4096  # padded tokens a batch
                      ) -> Iterator[dict[str, str]]:  # a batch at a time, translation by text
-    "Translate `texts` with the checkpoint's own search (beams and so on), at most three times as long as the source, as Marian has it."
+    "Translate by the checkpoint's own search, at most three times as long as the source, as Marian does."
     import torch
     from newsrepro.threads import threads_for
-    ids, device = tokenizer(list(texts)).input_ids if texts else [], model.device
+    places, device = model.config.max_position_embeddings, model.device
+    ids = tokenizer(list(texts), truncation=True, max_length=places).input_ids if texts else []
     for batch in length_batches([len(row) for row in ids], budget):
         source = tokenizer.pad({'input_ids': [ids[i] for i in batch]}, return_tensors='pt').to(device)
-        limits = [min(model.config.max_position_embeddings, 3*len(ids[i]) + 10) for i in batch]
-        with torch.inference_mode(), threads_for(model), torch.autocast(device.type, torch.float16, enabled=device.type == 'cuda'):
+        limits = [min(places, 3*len(ids[i]) + 10) for i in batch]
+        low = torch.autocast(device.type, torch.float16, enabled=device.type == 'cuda')
+        with torch.inference_mode(), threads_for(model), low:
             out = model.generate(**source, max_length=max(limits))
-        own = [row[:limit - 1] for row, limit in zip(out.tolist(), limits)]  # what a neighbour's length allows beyond is no translation
-        yield {texts[i]: text for i, text in zip(batch, tokenizer.batch_decode(own, skip_special_tokens=True))}
+        own = [row[:limit - 1] for row, limit in zip(out.tolist(), limits)]  # a neighbour may allow more
+        told = tokenizer.batch_decode(own, skip_special_tokens=True)
+        yield {texts[i]: text for i, text in zip(batch, told)}
 
 # %% ../nbs/01_text.ipynb #marian-translator
+_LETTER = re.compile(r'[^\W\d_]')
+
 @dataclass(frozen=True)
 class MarianTranslator:
     "German in, English out, by a Marian model and its memory."
@@ -168,27 +222,51 @@ class MarianTranslator:
         model, tokenizer = load_marian(self.folder)
         return model.to(self.device), tokenizer
 
-    def pieces(self, sentence: str) -> list[str]:
-        "`sentence` itself, or its windows where it has more tokens than the model has positions."
-        from json import loads
-        longest = loads((self.folder/'config.json').read_text(encoding='utf-8'))['max_position_embeddings'] - 1  # the end token
-        if len(sentence) <= longest: return [sentence]  # a token has at least one character
-        return windows(sentence, lambda word: len(self.marian[1].tokenize(word)), longest)
+    @cached_property
+    def longest(self) -> int:
+        "Tokens of the longest input, the end token left out."
+        places = (read_json(self.folder/'config.json') or {}).get('max_position_embeddings')
+        if not isinstance(places, int):
+            raise InputError(f'{self.folder}: corrupt or no Marian model (config.json)')
+        return places - 1
+    def count(self, text: str) -> int: return len(self.marian[1].tokenize(text))
 
-    def __call__(self, texts: Sequence[str], progress: bool = False) -> list[str]:
-        "Translations of `texts`, paragraph by paragraph; what the memory holds, a whole text or a sentence, is not translated again."
+    def pieces(self, sentence: str  # in German
+              ) -> list[str]:
+        "`sentence` itself, or its windows where it has more tokens than the model has positions."
+        # a token is one character or more, in compatible form; one stands for the start of the sentence
+        if len(normalize('NFKC', sentence)) < self.longest: return [sentence]
+        return windows(sentence, self.count, self.longest)
+
+    def tell_cut(self, pieces: Iterable[str]  # of `pieces`
+                ) -> None:
+        "Warn of the words that are longer than what the model reads."
+        suspects = (piece for piece in pieces if len(normalize('NFKC', piece)) >= self.longest)
+        if cut := [piece for piece in suspects if self.count(piece) > self.longest]:
+            said = f'words of more than {self.longest} tokens, read only so far: {len(cut)}'
+            warnings.warn(f'{self.name}: {said}; the first is {cut[0][:40]}…', stacklevel=3)
+
+    def __call__(self, texts: Sequence[str],  # in German
+                 progress: bool = False  # show a bar
+                ) -> list[str]:
+        "Translations by paragraphs; what the memory holds, a text or a sentence, is not translated again."
         from tqdm import tqdm
+        texts = [*map(_whole, texts)]
         known = self.memory.find(self.label, texts)
-        parts = {text: [[piece for sentence in sentences(part, 'de') for piece in self.pieces(sentence)] for part in paragraphs(text)] for text in texts if text not in known}
+        parts = {text: [[piece for sentence in sentences(part, 'de') for piece in self.pieces(sentence)]
+                        for part in paragraphs(text)] for text in texts if text not in known}
         wanted = list(dict.fromkeys(piece for text in parts.values() for part in text for piece in part))
+        self.tell_cut(wanted)
         known |= self.memory.find(self.label, wanted)
+        known |= {piece: piece for piece in wanted if not _LETTER.search(piece)}
         lacking = [piece for piece in wanted if piece not in known]
         with tqdm(total=len(lacking), unit='sentence', disable=not progress or not lacking) as bar:
             for done in translate_batches(*self.marian, lacking, self.budget) if lacking else ():
                 self.memory.add(self.label, done)
                 known |= done
                 bar.update(len(done))
-        return [known[text] if text not in parts else '\n'.join(' '.join(known[piece] for piece in part) for part in parts[text]) for text in texts]
+        joined = lambda text: '\n'.join(' '.join(known[piece] for piece in part) for part in parts[text])
+        return [joined(text) if text in parts else known[text] for text in texts]
 
 # %% ../nbs/01_text.ipynb #table-translator
 @dataclass(frozen=True)
@@ -199,24 +277,33 @@ class TableTranslator:
     @cached_property
     def table(self) -> dict[str, str]: return read_translations(self.path)
     @cached_property
-    def label(self) -> str: return f'{self.path.name}:{hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]}'
+    def label(self) -> str: return f'{self.path.name}:{file_digest(self.path)[:12]}'
 
-    def __call__(self, texts: Sequence[str], progress: bool = False) -> list[str]:
+    def __call__(self, texts: Sequence[str],  # in German
+                 progress: bool = False  # as of `MarianTranslator`; there is nothing to wait for
+                ) -> list[str]:
         "Translations of `texts`; raises `InputError` where one is not in the table."
         lacking = [text for text in dict.fromkeys(texts) if text.strip() and text not in self.table]
-        if lacking: raise InputError(f'{self.path}: no translation of {len(lacking)} of {len(set(texts))} texts, the first is {lacking[0][:60]!r}')
+        if lacking:
+            raise InputError(f'{self.path}: no translation of {len(lacking)} of {len(set(texts))} texts, '
+                             f'the first is {lacking[0][:60]!r}')
         return [self.table.get(text, text) for text in texts]
 
 # %% ../nbs/01_text.ipynb #find-translator
-def find_translator(name: str,  # 'profile', 'provided', 'none', a table of translations, or a Marian model: folder or name on the hub
-                    profile: str, memory: TranslationMemory, weights: Path | None = None, device: str = 'cpu'
-                   ) -> MarianTranslator | TableTranslator | None:  # None where nothing is to be translated here
+def find_translator(name: str,  # 'profile', 'provided', 'none', a table, or a Marian model by folder or name
+                    profile: str,  # 'mini' or 'paper'
+                    memory: TranslationMemory,  # of a Marian model
+                    weights: Path | None = None,  # folder searched first
+                    device: str = 'cpu'  # 'cpu', 'cuda' or 'cuda:N'
+                   ) -> MarianTranslator | TableTranslator | None:  # None: nothing is to be translated here
     "The translator called `name`; raises `InputError` where it is not to be found."
     if name in ('provided', 'none'): return None
     if Path(name).is_file(): return TableTranslator(Path(name))
-    if Path(name).suffix in ('.csv', '.tsv', '.parquet'): raise InputError(f'translator {name!r}: no such file')
+    is_table = Path(name).suffix in ('.csv', '.tsv', '.parquet')
+    if is_table: raise InputError(f'translator {name!r}: no such file')
     name = model_name('marian', name, profile)
-    return MarianTranslator(Path(name).name if Path(name).is_dir() else name, find_model(name, weights, MARIAN_FILES), memory, device)
+    folder = find_model(name, weights, MARIAN_FILES)
+    return MarianTranslator(Path(name).name if Path(name).is_dir() else name, folder, memory, device)
 
 # %% ../nbs/01_text.ipynb #english
 def languages_of(articles: pd.DataFrame  # `lang`, `title`, `text`
@@ -225,25 +312,29 @@ def languages_of(articles: pd.DataFrame  # `lang`, `title`, `text`
     detected = iter(detect_languages((articles.title + ' ' + articles.text)[articles.lang == ''].tolist()))
     return [stated or next(detected) for stated in articles.lang]
 
-def english(articles: pd.DataFrame,  # `lang`, `title`, `text` and, where the collection has its own translation, `title_en`, `text_en`
+def english(articles: pd.DataFrame,  # `lang`, `title`, `text`, and `title_en`, `text_en` where there are
             translator: Callable[[list[str]], list[str]] | None = None,  # of German
             provided: bool = True,  # take the collection's own translation where it has one
-            progress: bool = False) -> pd.DataFrame:
-    "The articles with `title` and `text` in English where that is to be had; `lang` says which language each is in now."
+            progress: bool = False  # show a bar
+           ) -> pd.DataFrame:
+    "The articles with `title` and `text` in English where that is to be had; `lang` says what each is in."
     found = articles.assign(lang=languages_of(articles))
     german = found.lang == 'de'
     for column in ('title', 'text'):
         own = found.get(f'{column}_en', pd.Series('', found.index)).where(german & provided, '')
         lacking = german & (own == '') & (found[column].str.strip() != '')
         found[column] = found[column].where(own == '', own)
-        if translator and lacking.any(): found.loc[lacking, column] = translator(found.loc[lacking, column].tolist(), progress=progress)
+        if translator and lacking.any():
+            found.loc[lacking, column] = translator(found.loc[lacking, column].tolist(), progress=progress)
         if not translator: german &= ~lacking
     return found.assign(lang=found.lang.where(~german, 'en'))
 
 # %% ../nbs/01_text.ipynb #select
 SELECTIONS = ('title', 'paragraph-starts', 'full')
 
-def first_sentences(text: str, language: str = 'en') -> str:
+def first_sentences(text: str,  # an article's body
+                    language: str = 'en'  # ISO 639-1 code
+                   ) -> str:
     "The first sentence of each paragraph."
     return ' '.join(found[0] for part in paragraphs(text) if (found := sentences(part, language)))
 
@@ -253,18 +344,20 @@ def select(articles: pd.DataFrame,  # `title`, `text`, `lang`
     "One text an article; raises `InputError` for an unknown `selection`."
     if selection not in SELECTIONS: raise InputError(f"selection {selection!r}: use {', '.join(SELECTIONS)}")
     if selection == 'title': return articles.title.str.strip().tolist()
-    bodies = articles.text if selection == 'full' else [first_sentences(*row) for row in zip(articles.text, articles.lang)]
+    starts = selection == 'paragraph-starts'
+    bodies = [first_sentences(*row) for row in zip(articles.text, articles.lang)] if starts else articles.text
     return [' '.join(f'{title} {body}'.split()) for title, body in zip(articles.title, bodies)]
 
 # %% ../nbs/01_text.ipynb #token-loss
-def token_loss(texts: Sequence[str],
+def token_loss(texts: Sequence[str],  # as they are given to the model
                count: Callable[[str], int],  # tokens of a text, without start and end
                limit: int  # positions of the model, start and end included
               ) -> dict[str, float]:
-    "Median length in tokens, share of texts that are cut, share of tokens that are lost; zeros where there are no texts."
+    "Median length in tokens, shares of texts that are cut and of tokens that are lost; zeros without texts."
     lengths = np.array([count(text) for text in texts], dtype=float)
     lost = np.maximum(lengths - (limit - 2), 0)
-    return {'median tokens': float(np.median(lengths)) if len(lengths) else 0., 'texts cut': float((lost > 0).mean()) if len(lengths) else 0.,
+    if not len(lengths): return {'median tokens': 0., 'texts cut': 0., 'tokens lost': 0.}
+    return {'median tokens': float(np.median(lengths)), 'texts cut': float((lost > 0).mean()),
             'tokens lost': float(lost.sum()/max(1, lengths.sum()))}
 
 # %% ../nbs/01_text.ipynb #wordpiece-counter

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEY', 'MEASURED', 'MADE_BY', 'Key', 'EXACT', 'PUBLISHED', 'UNMEASURED', 'P_VALUE', 'COUNTED', 'VERDICTS', 'read_rows',
            'tolerance', 'judge', 'Finding', 'compare_rows', 'compare_published', 'differing_settings',
-           'differing_facts', 'checkpoints_of', 'tables_of', 'not_run', 'is_paper_run', 'verify', 'is_verified',
-           'summary_line']
+           'differing_facts', 'checkpoints_of', 'tables_of', 'read_manifest', 'not_run', 'is_paper_run', 'verify',
+           'is_verified', 'summary_line']
 
 # %% ../nbs/21_verify.ipynb #imports
 import csv, math
@@ -132,13 +132,23 @@ def tables_of(folder: Path  # of a report
     if not found: raise InputError(f'{folder}: no tables/*.csv; name the folder of a report')
     return found
 
+def read_manifest(folder: Path  # of a report
+                 ) -> Mapping:  # empty where there is none
+    "What `manifest.json` says; raises `InputError` where that is not what `newsrepro reproduce` writes."
+    try: manifest = read_json(folder/'manifest.json') or {}
+    except RecursionError: manifest = None
+    parts = [manifest, *(manifest.get(name) or {} for name in ('notebooks', 'libraries'))] if isinstance(manifest, dict) else [None]
+    if all(isinstance(part, dict) for part in parts): return manifest
+    raise InputError(f"{folder/'manifest.json'}: not the manifest of a report; `newsrepro reproduce` writes it anew")
+
 def not_run(folder: Path, names: Sequence[str],  # of tables
             notebooks: Sequence[Notebook] = NOTEBOOKS) -> list[str]:
     "Those of `names` whose notebook has no result in the report, by its manifest."
-    manifest = read_json(folder/'manifest.json')
-    if manifest is None: return []
+    manifest = read_manifest(folder)
+    if not manifest: return []
     makers = {table: notebook.name for notebook in notebooks for table in notebook.tables}
-    return [name for name in names if makers.get(name) not in manifest.get('notebooks', {}) and not (folder/'tables'/f'{name}.csv').is_file()]
+    return [name for name in names if makers.get(name) not in (manifest.get('notebooks') or {})
+            and not (folder/'tables'/f'{name}.csv').is_file()]
 
 # %% ../nbs/21_verify.ipynb #verify
 VERDICTS = ('identical', 'close', 'differs', 'missing')
@@ -172,7 +182,7 @@ def verify(folder: Path,  # of a report
             a, b = checkpoints_of(ours), checkpoints_of(theirs)
             checkpoints |= {f'{name} {run}': [a[run], b[run]] for run in a if run in b and a[run] != b[run]}
     bad = sorted((f for found in findings.values() for f in found if f.verdict in ('differs', 'missing')), key=lambda f: -f.size)
-    facts = {} if published else differing_facts(read_json(folder/'manifest.json') or {}, read_json(against/'manifest.json') or {})
+    facts = {} if published else differing_facts(read_manifest(folder), read_manifest(against))
     return dict(folder=str(folder), against='published' if published else str(against), **_counts([f for found in findings.values() for f in found]),
                 tables={name: _counts(found) for name, found in findings.items()}, not_run=absent,
                 worst=[dict(table=f.table, row=f.row, verdict=f.verdict, reference=_plain(f.reference), value=_plain(f.value)) for f in bad[:worst]],

@@ -1,7 +1,9 @@
 """Cleaning: properties on any text, and what each step must leave alone."""
+import random
 import string
 import subprocess
 import sys
+import time
 import unicodedata
 
 import emoji
@@ -158,3 +160,20 @@ def test_german_articles(newsimages2021):
     digits = lambda text: ''.join(c for c in text if c.isdigit())
     assert [digits(text) for text in cleaned] == [digits(text) for text in originals]
     assert clean_all(originals, 'contractions,slang', 'de') == originals
+
+
+LETTERS = ''.join(random.Random(0).choices('abcdefghijklmnopqrstuvwxyz', k=5000))
+STRANGE = {'empty': '', 'data': 'data:image/png;base64,' + 'iVBORw0KGgo'*500, 'letters': LETTERS, 'marks': '?!... --- '*500, 'emoji': '🔥👩‍👩‍👧‍👦'*500,
+           'invisible': '\u200b\u200d\ufeff'*500, 'half': 'Hund \ud800 Katze \udfff', 'nul': 'Hund\0Katze', 'one letter': 'a'*5000, 'dots': 'a.'*2500,
+           'apostrophes': "a'"*2500, 'hash': '#'*5000 + 'a', 'hashtag': '#' + 'WahlKampf'*500, 'handles': '@a'*2500, 'number': '1.'*2500 + '1', 'tags': '<'*5000,
+           'accents': 'a' + '\u0301'*5000, 'links': 'http://a'*600, 'hosts': 'www.'*1200, 'flags': '\U0001F1E9'*5000, 'mail': 'a@'*2500, 'entities': '&amp;'*1000}
+
+@pytest.mark.parametrize('name', STRANGE)
+def test_no_text_is_too_strange(name):
+    "Every step gives a text in little time, whatever it is given; what has no letter gets none."
+    for step in STEPS:
+        for language in ('en', 'de'):
+            began = time.process_time()
+            told = clean(STRANGE[name], [step], language)
+            assert isinstance(told, str) and time.process_time() - began < 20
+    if name in ('empty', 'marks', 'invisible'): assert not regex.search(r'\p{L}', clean(STRANGE[name], 'sensible+tweets'))

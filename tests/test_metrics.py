@@ -5,6 +5,7 @@ import ranx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from newsrepro.core import InputError
 from newsrepro.metrics import MEASURES, measure, rank_by_score, rank_of_truth, summarise, tie_order
 
 steady = settings(deadline=None, derandomize=True)
@@ -100,3 +101,14 @@ def test_ranx_agrees(seed):
     assert ours['MRR@100'] == pytest.approx(theirs['mrr@100'])
     for k in ks:
         assert ours[f'R@{k}'] == pytest.approx(theirs[f'recall@{k}']) == pytest.approx(theirs[f'hit_rate@{k}'])
+
+
+@steady
+@given(st.text(max_size=8) | st.from_regex(r'(MRR|R|map|NDCG)(@-?\d{1,4})?', fullmatch=True))
+def test_a_name_is_a_measure_or_refused(name):
+    "The grammar, restated: MRR, or one of MRR and R with @ and a whole number from 1."
+    kind, at, k = name.partition('@')
+    right = name == 'MRR' or kind in ('MRR', 'R') and at and k.isascii() and k.isdigit() and k[0] != '0'
+    try: values = measure([1, 3, 0], name)
+    except InputError as e: assert not right and 'MRR, MRR@K and R@K' in str(e) and '\n' not in str(e)
+    else: assert right and values[2] == 0 and values[0] == 1

@@ -1,6 +1,8 @@
 "Run files: round trips, damaged input, and the official 2021 truth where it is at hand."
 import csv
+import errno
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from newsrepro.checkpoints import PAPER_BACKBONES
+from newsrepro.cli import run as command
 from newsrepro.core import InputError
 from newsrepro.metrics import MEASURES
 from newsrepro.runs import (compare_files, deobfuscate, evaluate_files, obfuscate, read_run, read_truth,
                             write_run)
+from newsrepro.study import run_file
 
 steady = settings(deadline=None, derandomize=True)
 OFFICIAL = Path(__file__).resolve().parents[2] / 'shared/data/newsimages2021'
@@ -47,6 +52,18 @@ def test_a_run_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ['run.tsv']
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path/'run.tsv'
+    write_run(path, {'a': ['i', 'j']})
+    before = path.read_bytes()
+    def half(self, text, **_):
+        self.write_bytes(text.encode()[:3])
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_text', half)
+    with pytest.raises(OSError, match='No space left'): write_run(path, {'a': ['j', 'i']})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['run.tsv']
+
+
 pieces = st.sampled_from([b'a', b'i', b'\t', b'\n', b'\r', b'"', b'\0', b'\xff', b'\xef\xbb\xbf', b'articleID', b'\xc3\xa9', b' '])
 
 @steady
@@ -57,6 +74,18 @@ def test_damaged_files_are_refused_in_one_line(tmp_path_factory, raw):
     try: run = read_run(path, shortest=1)
     except InputError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
     else: assert run and all(a and images and all(images) for a, images in run.items())
+
+
+@pytest.mark.parametrize('metric', ['MAP', 'R@0', 'R@x', 'mrr@100', 'R@101', 'R@1000', 'R', '', 'R@1 ', 'nDCG@10'])
+def test_an_unknown_metric_is_usage_not_a_failure(tmp_path, capsys, metric):
+    (tmp_path/'gt.csv').write_text('article_id,image_id\na,i\nb,j\n')
+    write_run(tmp_path/'run.tsv', {'a': ['i', 'j'], 'b': ['i', 'j']})
+    files = [str(tmp_path/name) for name in ('run.tsv', 'run.tsv', 'gt.csv')]
+    assert command(['compare', *files, '--metric', metric]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.startswith('newsrepro: error: ') and err.count('\n') == 1
+    assert 'MRR, MRR@K and R@K' in err or 'K is 1 to 100' in err
+    assert command(['compare', *files, '--metric', 'R@100', '--json']) == 0
 
 
 def test_evaluation_starts_fast(tmp_path):
@@ -140,3 +169,22 @@ def test_official_comparison(tmp_path):
     assert result['ci95'][0] < result['difference'] < result['ci95'][1]
     back = compare_files(tmp_path / 'bad.tsv', tmp_path / 'good.tsv', truth)
     assert back['difference'] == -result['difference'] and back['p_value'] == result['p_value'] < .01
+
+
+def test_run_files_of_all_backbones_are_distinct():
+    "No two names of a backbone that a user can give share a file, and none reads as a data set and another backbone."
+    import open_clip
+    names = [*(b.name for b in PAPER_BACKBONES), *(f'{model}:{tag}' for model, tag in open_clip.list_pretrained())]
+    files = [run_file('EU', name).lower() for name in names]
+    assert len(set(files)) == len(files) > 100
+    endings = {name.split('-', i)[-1] for name in names for i in range(1, name.count('-') + 1)}
+    assert not endings & set(names)
+
+
+@steady
+@given(st.lists(st.text(), min_size=2, max_size=2, unique=True))
+def test_data_sets_have_files_of_their_own(names):
+    "Names that differ in more than capitals differ in their files; a file lies in the folder, under a name any disk takes."
+    a, b = (run_file(name, 'ViT-B/32') for name in names)
+    assert a.lower() != b.lower() or names[0].lower() == names[1].lower()
+    for name in (a, b): assert re.fullmatch(r'[\w.+-]+', name) and not name.startswith('.') and len(name.encode()) < 200

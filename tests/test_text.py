@@ -16,7 +16,7 @@ from transformers import MarianConfig, MarianMTModel
 from newsrepro import text as text_module
 from newsrepro.checkpoints import TRANSLATORS, find_model
 from newsrepro.core import InputError
-from newsrepro.data import read_collection
+from newsrepro.data import read_collection, repair_mojibake
 from newsrepro.text import (TranslationMemory, detect_languages, find_translator, load_marian, paragraphs,
                             select, sentences, translate_batches, windows)
 
@@ -132,11 +132,69 @@ def test_long_sentence(small, tmp_path):
     assert all(len(translator.marian[1](piece).input_ids) <= 512 for piece in pieces)
 
 
+def junk(n): return 'iVBORw0KGgo'*(n//11)
+
+
+@pytest.mark.parametrize('word', [junk(2000), '\ufdfa'*500, 'e'*511, 'Hund'*3000])
+def test_long_word(small, tmp_path, word):
+    "A word longer than the model is read as far as the model goes; that is said with a count, and the rest goes on."
+    translator = text_module.MarianTranslator('opus', small, TranslationMemory(tmp_path/'memory.sqlite'))
+    alone = translator(GERMAN[:2])
+    for _ in range(2):  # translated, then from the memory
+        with pytest.warns(UserWarning, match=r'opus: words of more than 511 tokens, read only so far: 1; the first is'):
+            told = translator([f'{GERMAN[0]}\n{word}\n{GERMAN[1]}', GERMAN[1]])
+        assert told[0].split('\n')[::2] == alone and told[1] == alone[1]
+
+
+def test_no_warning_without_a_cut(small, tmp_path, recwarn):
+    translator = text_module.MarianTranslator('opus', small, TranslationMemory(tmp_path/'memory.sqlite'))
+    translator(['Der Bär läuft durch den Wald und '*200 + 'schläft.', 'q'*200])
+    assert not [warning for warning in recwarn if 'tokens, read only so far' in str(warning.message)]
+
+
+@pytest.mark.parametrize('text', ['', ' \n\t ', '?!… — ---', '3:1', '🔥🔥👩‍👩‍👧‍👦', '\u200b\u200d\ufeff\u2060', '2021'])
+def test_nothing_to_translate(small, tmp_path, text):
+    "A text without a letter is not given to a model, which would make up a sentence."
+    translator = text_module.MarianTranslator('opus', small, TranslationMemory(tmp_path/'memory.sqlite'))
+    assert letters(translator([text])[0]) == letters(text) and not translator.memory.all(translator.label)
+
+
+def test_half_characters(small, tmp_path):
+    "A lone surrogate counts as the character for what could not be read; a NUL stays."
+    translator = text_module.MarianTranslator('opus', small, TranslationMemory(tmp_path/'memory.sqlite'))
+    assert translator(['Ein Bär \ud800!']) == translator(['Ein Bär \ufffd!'])
+    assert sentences('Ein \ud800 Bär', 'de') == ['Ein \ufffd Bär'] and len(translator(['Ein\0Bär'])) == 1
+
+
+@pytest.mark.parametrize('text', ['Hund'*250_000, 'Der Hund läuft. '*65_000, 'Der Hund läuft über die Brücke. ' + junk(10**6)])
+def test_a_megabyte(text):
+    "A text of 1 MB is looked at in seconds, whatever it holds."
+    began = time.time()
+    assert detect_languages([text, text[:40]]) == ['de', 'de']
+    assert letters(''.join(paragraphs(text))) == letters(text)
+    assert time.time() - began < 60  # 200 s for one word, before
+
+
+strange = st.text(st.one_of(st.characters(), st.sampled_from('"\r\n,\t\ufeff ')), max_size=20)
+
+@settings(max_examples=100, deadline=None)
+@given(table=st.dictionaries(strange, strange, max_size=4))
+def test_tables_of_translations_come_back(tmp_path_factory, table):
+    "What is written is read: all texts but those of nothing but space."
+    path = tmp_path_factory.mktemp('table')/'translations.csv'
+    table = {text: told for text, told in table.items() if text.strip() and '\0' not in text + told and text == repair_mojibake(text)}
+    text_module.write_translations(path, table)
+    assert text_module.read_translations(path) == table
+
+
 @pytest.mark.parametrize('damage, message', [
     (lambda f: (f/'vocab.json').unlink(), 'no vocab.json'),
     (lambda f: (f/'pytorch_model.bin').write_bytes(b'PK nonsense'), 'corrupt or no Marian model'),
     (lambda f: torch.save({k: v for k, v in torch.load(f/'pytorch_model.bin').items() if 'decoder.layers.0.fc1' not in k}, f/'pytorch_model.bin'), 'fc1'),
     (lambda f: (f/'pytorch_model.bin').unlink(), 'corrupt or no Marian model'),
+    (lambda f: (f/'source.spm').write_bytes(b'nonsense'), 'corrupt or no Marian model'),
+    (lambda f: (f/'vocab.json').write_text('[]'), 'corrupt or no Marian model'),
+    (lambda f: (f/'config.json').write_text('{'), 'corrupt or no Marian model'),
 ])
 def test_damaged(small, tmp_path, damage, message):
     "A model that is not whole is refused; none of its weights is random."
