@@ -29,17 +29,20 @@ class Backbone:
     px: int  # input side, pixels
     dim: int  # dimensions of the joint space
     millions: float  # parameters, both towers
-    gflops: tuple[float, float] = (float('nan'),)*2  # of an image, of a text; a multiplication and its addition are two
+    gflops: tuple[float, float] = (float('nan'),)*2  # of an image, of a text; a multiply-add is two
     repository: str = ''  # of the checkpoint on the hub; empty = none
     file: str = ''  # under which the publisher's own loader keeps it; empty = none
     quick_gelu: bool = True  # as the weights were trained
-    merges: str = ''  # byte-pair merges of its tokenizer, beside the shipped checkpoints; empty = the architecture's own
+    merges: str = ''  # file of byte-pair merges in `MINI_DIR`; empty = the architecture's own
 
 # %% ../nbs/04_checkpoints.ipynb #paper-backbones
 PAPER_BACKBONES = (
-    Backbone('RN50', 'RN50', 'openai', 224, 1024, 102.0, (12.2, 6.0), 'timm/resnet50_clip.openai', 'RN50.pt'),
-    Backbone('RN101', 'RN101', 'openai', 224, 512, 119.7, (19.5, 6.0), 'timm/resnet101_clip.openai', 'RN101.pt'),
-    Backbone('RN50x4', 'RN50x4', 'openai', 288, 640, 178.3, (42.6, 9.3), 'timm/resnet50x4_clip.openai', 'RN50x4.pt'),
+    Backbone('RN50', 'RN50', 'openai', 224, 1024, 102.0, (12.2, 6.0),
+             'timm/resnet50_clip.openai', 'RN50.pt'),
+    Backbone('RN101', 'RN101', 'openai', 224, 512, 119.7, (19.5, 6.0),
+             'timm/resnet101_clip.openai', 'RN101.pt'),
+    Backbone('RN50x4', 'RN50x4', 'openai', 288, 640, 178.3, (42.6, 9.3),
+             'timm/resnet50x4_clip.openai', 'RN50x4.pt'),
     Backbone('RN50x16', 'RN50x16', 'openai', 384, 768, 291.0, (149.4, 13.3),
              'timm/resnet50x16_clip.openai', 'RN50x16.pt'),
     Backbone('RN50x64', 'RN50x64', 'openai', 448, 1024, 623.3, (529.1, 23.5),
@@ -72,7 +75,7 @@ MINI_BACKBONES = tuple(replace(backbone, merges='bpe.txt.gz') for backbone in (
 REGISTRY = MappingProxyType({'paper': PAPER_BACKBONES, 'mini': MINI_BACKBONES})
 ZHANG_BACKBONES = tuple(b.name for b in PAPER_BACKBONES[:9])
 
-# %% ../nbs/04_checkpoints.ipynb #find-backbone
+# %% ../nbs/04_checkpoints.ipynb #of-open-clip
 def _of_open_clip(name: str) -> Backbone | None:
     import open_clip, torch  # seconds, which names of the registry do not need
     model, _, tag = name.partition(':')
@@ -86,6 +89,7 @@ def _of_open_clip(name: str) -> Backbone | None:
                     file=published.get('url', '').rpartition('/')[2],
                     quick_gelu=bool(config.get('quick_gelu') or published.get('quick_gelu')))
 
+# %% ../nbs/04_checkpoints.ipynb #find-backbone
 def find_backbone(name: str,  # a name of the registry, or `architecture:tag` of open_clip
                   profile: str = 'mini'  # 'mini' or 'paper'
                  ) -> Backbone:
@@ -115,7 +119,8 @@ def backbone_pair(profile: str,  # 'mini' or 'paper'
     "The two backbones by name; raises `InputError` where they are one and the same."
     first, other = (usual if name == 'profile' else name
                     for name, usual in zip((backbone, second), TXV_BACKBONES[profile]))
-    if first == other: raise InputError(f'backbone and second are both {first!r}: two different ones are needed')
+    if first == other:
+        raise InputError(f'backbone and second are both {first!r}: two different ones are needed')
     return first, other
 
 # %% ../nbs/04_checkpoints.ipynb #checkpoint-names
@@ -126,7 +131,8 @@ def candidates(backbone: Backbone,  # whose weights are wanted
                folder: Path  # searched, sub-folders named after the model included
               ) -> Iterator[Path]:  # existing files, most specific first
     "Files in `folder` that can hold the weights of `backbone`."
-    stems = [backbone.model, f'{backbone.model}-{backbone.tag}', backbone.name.replace('/', '-').replace('@', '-')]
+    stems = [backbone.model, f'{backbone.model}-{backbone.tag}',
+             backbone.name.replace('/', '-').replace('@', '-')]
     names = [backbone.file] + [stem + suffix for stem in dict.fromkeys(stems) for suffix in SUFFIXES]
     cached = f"models--{backbone.repository.replace('/', '--')}/snapshots/*"
     snapshots = sorted(folder.glob(cached)) if backbone.repository else []
@@ -150,7 +156,8 @@ def hub_cache() -> Path:
 def search_places(weights: Path | None  # folder searched first
                  ) -> list[Path]:  # in the order of the search
     "Folders searched for checkpoints."
-    return [*([weights] if weights else []), MINI_DIR, hub_cache(), Path(os.path.expanduser('~'))/'.cache'/'clip']
+    return [*([weights] if weights else []), MINI_DIR, hub_cache(),
+            Path(os.path.expanduser('~'))/'.cache'/'clip']
 
 def wanted_files(backbone: Backbone  # whose weights are wanted
                 ) -> str:
@@ -196,7 +203,7 @@ def is_hub_name(name: str  # of a model
 
 # %% ../nbs/04_checkpoints.ipynb #local-model
 def local_model(name: str,  # a folder, a model this package ships, or `organisation/model` of the hub
-                weights: Path | None = None  # searched first: laid out as the hub's cache, or holding the model's folder
+                weights: Path | None = None  # searched first: a hub's cache, or the model's folder in it
                ) -> Path | None:  # None where no copy lies here
     "Folder of a `transformers` model on this machine."
     inside = [weights/name, weights/name.rpartition('/')[2]] if weights else []
@@ -216,7 +223,7 @@ def find_model(name: str,  # as `local_model` takes it
                files: Sequence[str] = ('config.json',),  # what the folder must hold
                download: bool = True  # ask the hub when no copy lies here
               ) -> Path:
-    "Folder of a `transformers` model; raises `MissingCheckpoint` if there is none, `InputError` if a file lacks."
+    "Folder of a `transformers` model; raises `MissingCheckpoint`, or `InputError` where a file lacks."
     found = local_model(name, weights)
     problem = 'it is no model of the hub'
     if not found and download and is_hub_name(name):
@@ -227,7 +234,8 @@ def find_model(name: str,  # as `local_model` takes it
         raise MissingCheckpoint(f"model {name!r} not found in {', '.join(map(str, search_places(weights)))}; "
                                 f"{problem}; {REMEDY}")
     if lacking := [file for file in files if not (found/file).is_file()]:
-        raise InputError(f'{found}: no {lacking[0]}; the folder of {name} holds {", ".join(files)} and the weights')
+        raise InputError(f'{found}: no {lacking[0]}; the folder of {name} holds {", ".join(files)} '
+                         'and the weights')
     return found
 
 # %% ../nbs/04_checkpoints.ipynb #local-weights
