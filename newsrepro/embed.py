@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JIT_EXTRAS', 'read_weights', 'check_weights', 'preprocessing', 'merges_file', 'tokenizer', 'Encoder', 'QuickGELU',
            'build_model', 'load_encoder', 'batches', 'encode_batch', 'prepared', 'rows_at_once', 'encode',
-           'FeatureEncoder', 'ImageTower', 'by_place', 'load_image_encoder', 'TextTower', 'load_text_encoder',
-           'load_any', 'content_key', 'read_shard', 'EmbeddingStore', 'embed', 'count_tokens', 'embed_windows',
-           'encoding_cost']
+           'FeatureEncoder', 'ImageTower', 'by_place', 'weights_digest', 'timm_network', 'load_image_encoder',
+           'TextTower', 'load_text_encoder', 'load_any', 'content_key', 'read_shard', 'EmbeddingStore', 'embed',
+           'count_tokens', 'embed_windows', 'encoding_cost']
 
 # %% ../nbs/04_embed.ipynb #imports
 import hashlib, json, logging, os, time, warnings
@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch.autograd.function import once_differentiable
 
+# %% ../nbs/04_embed.ipynb #imports-own
 from .checkpoints import Backbone, MissingCheckpoint, find_backbone, find_checkpoint, local_weights
 from .core import MINI_DIR, InputError, atomic_path, file_digest
 from .data import open_image
@@ -41,65 +42,89 @@ open_clip.add_model_config(MINI_DIR)  # the mini architectures, by name like any
 # %% ../nbs/04_embed.ipynb #read-weights
 JIT_EXTRAS = ('input_resolution', 'context_length', 'vocab_size')
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    "The state dict in `path`; raises `InputError` where the file is corrupt or no checkpoint. No code of the file is run."
-    with warnings.catch_warnings(action='ignore'):  # torch announces the end of TorchScript, in which OpenAI's files are kept
+def read_weights(path: Path  # safetensors, a pickled state dict, or a TorchScript archive
+                ) -> dict[str, torch.Tensor]:  # by name; floats in float32
+    "The state dict in `path`, whose code is not run; raises `InputError` if corrupt or no checkpoint."
+    with warnings.catch_warnings(action='ignore'):  # torch announces the end of TorchScript, OpenAI's form
         try: state = load_state_dict(str(path), weights_only=True)
         except Exception as first:
             try: state = torch.jit.load(str(path), map_location='cpu').state_dict()
             except Exception:
-                said = ' '.join(str(first).split())[:120] or type(first).__name__
-                raise InputError(f'{path}: corrupt or no checkpoint ({said})') from None
+                reason = ' '.join(str(first).split())[:120] or type(first).__name__
+                raise InputError(f'{path}: corrupt or no checkpoint ({reason})') from None
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
         raise InputError(f'{path}: no checkpoint (it holds more than named tensors)')
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items() if key not in JIT_EXTRAS}
+    return {key: value.float() if value.is_floating_point() else value
+            for key, value in state.items() if key not in JIT_EXTRAS}
 
-def check_weights(state: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path, name: str) -> None:
-    "Raise `InputError` unless keys and shapes of `state` are exactly the model's."
+# %% ../nbs/04_embed.ipynb #check-weights
+def check_weights(state: Mapping[str, torch.Tensor],  # by name, as `read_weights` returns them
+                  model: torch.nn.Module,  # of the architecture that is wanted
+                  path: Path,  # of the checkpoint, for the message
+                  name: str  # of the architecture, for the message
+                 ) -> None:
+    "Raise `InputError` unless keys and shapes of `state` are exactly the model's, and all values finite."
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*shapes, *state]:
-        want, got = shapes.get(key, 'none'), tuple(state[key].shape) if key in state else 'none'
-        if want != got: raise InputError(f'{path}: not a checkpoint of {name}: {key} has shape {got}, {name} wants {want}')
-    broken = next((key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()), None)
+        want = shapes.get(key, 'none')
+        got = tuple(state[key].shape) if key in state else 'none'
+        if want != got:
+            raise InputError(f'{path}: not a checkpoint of {name}: '
+                             f'{key} has shape {got}, {name} wants {want}')
+    broken = next((key for key, value in state.items()
+                   if value.is_floating_point() and not torch.isfinite(value).all()), None)
     if broken: raise InputError(f'{path}: {broken} holds NaN or infinity')
 
 # %% ../nbs/04_embed.ipynb #preprocessing
-def preprocessing(backbone: Backbone) -> PreprocessCfg:
+def preprocessing(backbone: Backbone  # of which the tag counts
+                 ) -> PreprocessCfg:
     "Resize, crop and normalisation that the checkpoint was trained with, by its tag."
     published = open_clip.pretrained.get_pretrained_cfg(backbone.model, backbone.tag)
     return PreprocessCfg(**merge_preprocess_dict(asdict(PreprocessCfg()), published) | {'size': backbone.px})
 
-def merges_file(backbone: Backbone) -> Path:
+def merges_file(backbone: Backbone  # whose tokenizer is meant
+               ) -> Path:
     "Byte-pair merges of the tokenizer: those the registry names, else open_clip's copy of CLIP's."
     return MINI_DIR/backbone.merges if backbone.merges else Path(open_clip.tokenizer.default_bpe())
 
-def tokenizer(backbone: Backbone):
-    "Callable: list of texts -> (n, 77) token ids, cut at 77 *tokens* with the end token kept."
-    return open_clip.get_tokenizer(backbone.model, **({'bpe_path': str(merges_file(backbone))} if backbone.merges else {}))
+def tokenizer(backbone: Backbone  # for which the texts are meant
+             ) -> Callable:  # list of texts -> int64 (n, 77)
+    "Texts to token ids, cut at 77 *tokens* with the end token kept."
+    own = {'bpe_path': str(merges_file(backbone))} if backbone.merges else {}
+    return open_clip.get_tokenizer(backbone.model, **own)
 
 # %% ../nbs/04_embed.ipynb #encoder
 @dataclass(frozen=True)
 class Encoder:
     "A backbone ready to encode."
-    backbone: Backbone
-    model: torch.nn.Module
+    backbone: Backbone  # what the registry says of it
+    model: torch.nn.Module  # with `encode_text` and `encode_image`, weights loaded
     fingerprint: str  # sha256 of the checkpoint's file
-    path: Path
-    device: str
+    path: Path  # of the checkpoint's file
+    device: str  # where the model lies, such as 'cpu' or 'cuda:0'
     precision: str  # 'fp32', 'bf16' or 'fp16'
 
     @cached_property
-    def transform(self): return image_transform_v2(preprocessing(self.backbone), is_train=False)
+    def transform(self) -> Callable:  # picture -> (3, px, px)
+        "Preprocessing of a picture."
+        return image_transform_v2(preprocessing(self.backbone), is_train=False)
+
     @cached_property
-    def tokenize(self): return tokenizer(self.backbone)
+    def tokenize(self) -> Callable:  # list of texts -> int64 (n, 77)
+        "Token ids of texts."
+        return tokenizer(self.backbone)
+
     @property
-    def label(self) -> str: return f'{self.backbone.model}:{self.backbone.tag}:{self.fingerprint[:12]}'
+    def label(self) -> str:
+        "Architecture, checkpoint and the start of its fingerprint, for people."
+        return f'{self.backbone.model}:{self.backbone.tag}:{self.fingerprint[:12]}'
+
     @property
     def key(self) -> str:
-        "Model, checkpoint, tokenizer, preprocessing and precision in one word: what an embedding depends on besides its input."
+        "What an embedding depends on besides its input: model, weights, preprocessing, precision."
         merges = hashlib.sha256(merges_file(self.backbone).read_bytes()).hexdigest()
-        facts = [self.backbone.model, self.fingerprint, merges, repr(preprocessing(self.backbone)), self.backbone.quick_gelu,
-                 self.precision, torch.device(self.device).type]
+        facts = [self.backbone.model, self.fingerprint, merges, repr(preprocessing(self.backbone)),
+                 self.backbone.quick_gelu, self.precision, torch.device(self.device).type]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 # %% ../nbs/04_embed.ipynb #activation
@@ -115,46 +140,58 @@ class _ScaledSiLU(torch.autograd.Function):
 
 class QuickGELU(torch.nn.Module):
     "OpenAI's approximation of GELU, `x*sigmoid(1.702*x)`, in less time and memory than `open_clip`'s module."
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return _ScaledSiLU.apply(x)
+    def forward(self, x: torch.Tensor  # of any shape
+               ) -> torch.Tensor:  # of the same shape
+        "`x*sigmoid(1.702*x)`."
+        return _ScaledSiLU.apply(x)
 
-# %% ../nbs/04_embed.ipynb #load-encoder
+# %% ../nbs/04_embed.ipynb #build-model
 _BUILDING = Lock()  # the level of logging is the process's
 
-def build_model(backbone: Backbone) -> torch.nn.Module:
-    "The architecture under the activation its weights want, still without weights. For `load_encoder` and training only."
+def build_model(backbone: Backbone  # whose architecture is wanted
+               ) -> torch.nn.Module:  # with random weights
+    "The architecture under the activation its weights want. For `load_encoder` and training only."
     with _BUILDING:
-        root, level = logging.getLogger(), logging.getLogger().level
-        root.setLevel(logging.ERROR)  # open_clip warns that the weights are random, which they are until the caller fills them
-        try: model = open_clip.create_model(backbone.model, load_weights=False, force_quick_gelu=backbone.quick_gelu)
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # open_clip warns of random weights, which the caller is going to fill
+        try: model = open_clip.create_model(backbone.model, load_weights=False,
+                                            force_quick_gelu=backbone.quick_gelu)
         finally: root.setLevel(level)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, open_clip.transformer.QuickGELU): setattr(module, name, QuickGELU())
     return model
 
-def load_encoder(backbone: Backbone,
+# %% ../nbs/04_embed.ipynb #load-encoder
+def load_encoder(backbone: Backbone,  # as `find_backbone` returns it
                  weights: Path | None = None,  # folder searched first for the checkpoint
-                 device: str = 'cpu',
+                 device: str = 'cpu',  # where the model goes, such as 'cpu' or 'cuda:0'
                  precision: str = ''  # 'fp32', 'bf16', 'fp16'; empty = fp32 on the CPU, bf16 on a GPU
                 ) -> Encoder:
-    "Find, check and load the checkpoint of `backbone`; raises `MissingCheckpoint` or `InputError`, never returns random weights."
+    "Find, check and load a checkpoint, never random weights; raises `MissingCheckpoint` or `InputError`."
     path = find_checkpoint(backbone, weights)
-    state, model = read_weights(path), build_model(backbone)
+    state = read_weights(path)
+    model = build_model(backbone)
     check_weights(state, model, path, backbone.name)
     model.load_state_dict(state, strict=True)
     return Encoder(backbone, model.eval().requires_grad_(False).to(device), file_digest(path), path, device,
                    precision or ('bf16' if device.startswith('cuda') else 'fp32'))
 
-# %% ../nbs/04_embed.ipynb #encode
-def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+# %% ../nbs/04_embed.ipynb #batches
+def batches(items: Sequence,  # of anything
+            size: int  # items a slice
+           ) -> Iterator[Sequence]:  # in order
     "Consecutive slices of `items`, `size` long but for the last."
     return (items[start:start + size] for start in range(0, len(items), size))
 
+# %% ../nbs/04_embed.ipynb #encode
 def _normalised(features: torch.Tensor) -> np.ndarray:
     return F.normalize(features.float(), dim=-1).cpu().numpy()
 
 @torch.inference_mode()
-def encode_batch(encoder: Encoder, batch: torch.Tensor,  # (n, 77) token ids or (n, 3, px, px) pixels
+def encode_batch(encoder: Encoder,  # whose model is asked
+                 batch: torch.Tensor,  # (n, 77) token ids or (n, 3, px, px) pixels
                  size: int,  # rows the model is given, n or more
                  run: Callable | None = None  # of the model; None = `encode_text` or `encode_image`
                 ) -> np.ndarray:  # (n, dim) float32, unit rows
@@ -162,14 +199,22 @@ def encode_batch(encoder: Encoder, batch: torch.Tensor,  # (n, 77) token ids or 
     padded = torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])]).to(encoder.device)
     low = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(encoder.precision)
     run = run or (encoder.model.encode_text if batch.ndim == 2 else encoder.model.encode_image)
-    with threads_for(encoder.model), torch.autocast(torch.device(encoder.device).type, dtype=low, enabled=low is not None):
+    autocast = torch.autocast(torch.device(encoder.device).type, dtype=low, enabled=low is not None)
+    with threads_for(encoder.model), autocast:
         features = run(padded)
     return _normalised(features[:len(batch)])
 
 # %% ../nbs/04_embed.ipynb #decode
-def prepared(encoder: Encoder, items: Sequence[str], kind: str, size: int, workers: int) -> Iterator[torch.Tensor]:
-    "Batches of token ids (`kind` 'text') or pixels (`kind` 'image'), decoded ahead by `workers` threads."
-    if kind == 'text': yield from (encoder.tokenize(list(batch)) for batch in batches(items, size)); return
+def prepared(encoder: Encoder,  # whose tokenizer or preprocessing is used
+             items: Sequence[str],  # texts, or paths of images
+             kind: str,  # 'text' or 'image'
+             size: int,  # items a batch
+             workers: int  # threads that decode images
+            ) -> Iterator[torch.Tensor]:  # (n, 77) token ids, or (n, 3, px, px) pixels
+    "What the model reads, images decoded ahead; raises `InputError` for a file that is no picture."
+    if kind == 'text':
+        yield from (encoder.tokenize(list(batch)) for batch in batches(items, size))
+        return
     with ThreadPoolExecutor(workers) as pool:
         load = lambda path: encoder.transform(open_image(path))
         pending = []
@@ -179,186 +224,289 @@ def prepared(encoder: Encoder, items: Sequence[str], kind: str, size: int, worke
         for jobs in pending: yield torch.stack([job.result() for job in jobs])
 
 # %% ../nbs/04_embed.ipynb #rows-at-once
-def rows_at_once(encoder: Encoder, kind: str, most: int) -> int:  # 1 to `most`
-    "Rows of a batch: on the CPU as many as keep the largest activation of a transformer within 4 MiB, where it stays in the cache."
+def rows_at_once(encoder: Encoder,  # whose widths and device count
+                 kind: str,  # 'text' or 'image'
+                 most: int  # rows
+                ) -> int:  # 1 to `most`
+    "Rows of a batch: on the CPU a transformer's largest activation stays within 4 MiB, so in the cache."
     model = getattr(encoder, 'model', None)
     if not isinstance(model, open_clip.CLIP) or torch.device(encoder.device).type != 'cpu': return most
-    places = getattr(model.visual if kind == 'image' else model, 'positional_embedding', None)  # (tokens, width)
-    return most if places is None else max(1, min(most, 2**20//(4*places.numel())))  # blocks are four times as wide inside
+    tower = model.visual if kind == 'image' else model
+    places = getattr(tower, 'positional_embedding', None)  # (tokens, width)
+    if places is None: return most
+    return max(1, min(most, 2**20//(4*places.numel())))  # blocks are four times as wide inside
 
 # %% ../nbs/04_embed.ipynb #encode-all
-def encode(encoder: Encoder,
+def encode(encoder: Encoder,  # that is asked
            items: Sequence[str],  # texts, or paths of images
            kind: str,  # 'text' or 'image'
            batch_size: int = 64,  # rows of a batch at most
            workers: int = 0  # threads that decode; 0 = one a core, at most 8
           ) -> np.ndarray:  # (n, dim) float32, unit rows
-    "Embeddings of `items`, in their order."
+    "Embeddings of `items`, in their order; raises `InputError` for a file that is no picture."
     workers = workers or min(8, os.cpu_count() or 1)
     rows = rows_at_once(encoder, kind, batch_size)
     parts = [encode_batch(encoder, batch, rows) for batch in prepared(encoder, items, kind, rows, workers)]
     return np.concatenate(parts) if parts else np.empty((0, encoder.backbone.dim), np.float32)
 
+# %% ../nbs/04_embed.ipynb #feature-encoder-part
+def _part(encoder, step, only: str):
+    if step is None: raise InputError(f'{encoder.backbone.name} encodes {only} only')
+    return step
+
 # %% ../nbs/04_embed.ipynb #feature-encoder
 @dataclass(frozen=True)
 class FeatureEncoder:
     "An encoder of texts or of images alone, to be used where an `Encoder` is."
-    backbone: Backbone
+    backbone: Backbone  # what is known of it
     model: torch.nn.Module  # with `encode_text` or `encode_image`
     fingerprint: str  # of its weights
-    device: str
+    device: str  # where the model lies, such as 'cpu' or 'cuda:0'
     transforms: Callable | None = None  # picture -> (3, px, px), of an image encoder
     tokenizes: Callable | None = None  # texts -> (n, length) token ids, of a text encoder
-    precision: str = 'fp32'
+    precision: str = 'fp32'  # 'fp32', 'bf16' or 'fp16'
 
     @property
-    def transform(self) -> Callable: return self._of(self.transforms, 'texts')
-    @property
-    def tokenize(self) -> Callable: return self._of(self.tokenizes, 'images')
-    def _of(self, step, only: str):
-        if step is None: raise InputError(f'{self.backbone.name} encodes {only} only')
-        return step
+    def transform(self) -> Callable:  # picture -> (3, px, px)
+        "Preprocessing of a picture; raises `InputError` where only texts are encoded."
+        return _part(self, self.transforms, 'texts')
 
     @property
-    def label(self) -> str: return f'{self.backbone.name}:{self.fingerprint[:12]}'
+    def tokenize(self) -> Callable:  # texts -> (n, length) token ids
+        "Token ids of texts; raises `InputError` where only images are encoded."
+        return _part(self, self.tokenizes, 'images')
+
+    @property
+    def label(self) -> str:
+        "Name and the start of its fingerprint, for people."
+        return f'{self.backbone.name}:{self.fingerprint[:12]}'
+
     @property
     def key(self) -> str:
         "As of `Encoder`."
-        facts = [self.backbone.name, self.fingerprint, repr(self.transforms), self.precision, torch.device(self.device).type]
+        facts = [self.backbone.name, self.fingerprint, repr(self.transforms), self.precision,
+                 torch.device(self.device).type]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
-# %% ../nbs/04_embed.ipynb #image-encoder
+# %% ../nbs/04_embed.ipynb #image-tower
 class ImageTower(torch.nn.Module):
     "A timm model as an encoder of pictures."
-    def __init__(self, net: torch.nn.Module): super().__init__(); self.net = net
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor: return self.net(pixels)
+    def __init__(self, net: torch.nn.Module):  # pixels -> features
+        super().__init__()
+        self.net = net
 
-def by_place(state: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    def encode_image(self, pixels: torch.Tensor  # (n, 3, px, px)
+                    ) -> torch.Tensor:  # (n, dim)
+        "Features of pictures."
+        return self.net(pixels)
+
+def by_place(state: Mapping[str, torch.Tensor],  # the checkpoint, by its own names
+             model: torch.nn.Module  # of the architecture that is wanted
+            ) -> Mapping[str, torch.Tensor]:  # by the model's names
     "`state` under the model's names where the shapes agree one by one, else as it is."
     own = model.state_dict()
-    alike = len(state) == len(own) and all(one.shape == other.shape for one, other in zip(state.values(), own.values()))
+    alike = len(state) == len(own) and all(one.shape == other.shape
+                                           for one, other in zip(state.values(), own.values()))
     return dict(zip(own, state.values())) if alike else state
 
-def load_image_encoder(name: str,  # timm's name, or a checkpoint called like the architecture
-                       weights: Path | None = None, device: str = 'cpu') -> FeatureEncoder:
-    "A timm model without its classifier; raises `MissingCheckpoint` or `InputError`, never returns random weights."
-    import timm
-    architecture, path = Path(name).stem if Path(name).is_file() else name, local_weights(name, weights)
-    if not timm.is_model(architecture): raise InputError(f'timm:{name}: timm {timm.__version__} knows no architecture {architecture!r}')
-    if path is None:
-        try: net = timm.create_model(architecture, pretrained=True)
-        except Exception as error: raise MissingCheckpoint(f'timm:{name}: no {architecture}.safetensors or .pth in the folder of --weights, and the hub did not give it ({type(error).__name__})') from None
-    else:
-        net, state = timm.create_model(architecture, pretrained=False), read_weights(path)
-        if set(state) != set(net.state_dict()): state = by_place(state, net)
-        check_weights(state, net, path, architecture)
-        net.load_state_dict(state)
+# %% ../nbs/04_embed.ipynb #weights-digest
+def weights_digest(net: torch.nn.Module  # with its weights
+                  ) -> str:  # 64 hex digits
+    "SHA-256 of the weights as they lie in memory, in the order of the state dict."
     digest = hashlib.sha256()
     for value in net.state_dict().values(): digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+# %% ../nbs/04_embed.ipynb #timm-network
+def timm_network(architecture: str,  # timm's name
+                 path: Path | None  # of its weights; None = from the hub
+                ) -> torch.nn.Module:
+    "A timm model with its classifier and weights; raises `MissingCheckpoint` or `InputError`."
+    import timm
+    if path is None:
+        try: return timm.create_model(architecture, pretrained=True)
+        except Exception as error:
+            raise MissingCheckpoint(f'timm:{architecture}: no {architecture}.safetensors or .pth in the '
+                                    'folder of --weights, and the hub did not give it '
+                                    f'({type(error).__name__})') from None
+    net = timm.create_model(architecture, pretrained=False)
+    state = read_weights(path)
+    if set(state) != set(net.state_dict()): state = by_place(state, net)
+    check_weights(state, net, path, architecture)
+    net.load_state_dict(state)
+    return net
+
+# %% ../nbs/04_embed.ipynb #image-encoder
+def load_image_encoder(name: str,  # timm's name, or a checkpoint called like the architecture
+                       weights: Path | None = None,  # folder searched for the checkpoint
+                       device: str = 'cpu'  # where the model goes, such as 'cpu' or 'cuda:0'
+                      ) -> FeatureEncoder:
+    "A timm model without its classifier, never random weights; raises `MissingCheckpoint` or `InputError`."
+    import timm
+    architecture = Path(name).stem if Path(name).is_file() else name
+    if not timm.is_model(architecture):
+        raise InputError(f'timm:{name}: timm {timm.__version__} knows no architecture {architecture!r}')
+    net = timm_network(architecture, local_weights(name, weights))
+    digest = weights_digest(net)
     millions = sum(p.numel() for p in net.parameters())/1e6
     net.reset_classifier(0)
     config = timm.data.resolve_model_data_config(net)
     with torch.inference_mode(): dim = net.eval()(torch.zeros(1, *config['input_size'])).shape[1]
-    backbone = Backbone(f'timm:{architecture}', architecture, 'timm', config['input_size'][-1], dim, millions, quick_gelu=False)
-    return FeatureEncoder(backbone, ImageTower(net).eval().requires_grad_(False).to(device, memory_format=torch.channels_last),
-                          digest.hexdigest(), device, timm.data.create_transform(**config, is_training=False))
+    backbone = Backbone(f'timm:{architecture}', architecture, 'timm', config['input_size'][-1], dim, millions,
+                        quick_gelu=False)
+    tower = ImageTower(net).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    transform = timm.data.create_transform(**config, is_training=False)
+    return FeatureEncoder(backbone, tower, digest, device, transform)
 
 # %% ../nbs/04_embed.ipynb #text-encoder
 class TextTower(torch.nn.Module):
     "A sentence-transformers model as an encoder of token ids."
-    def __init__(self, net: torch.nn.Module): super().__init__(); self.net = net
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.net({'input_ids': tokens, 'attention_mask': (tokens != self.net.tokenizer.pad_token_id).long()})['sentence_embedding']
+    def __init__(self, net: torch.nn.Module):  # of sentence-transformers
+        super().__init__()
+        self.net = net
 
-def load_text_encoder(name: str,  # a folder, or a name of the hub
-                      weights: Path | None = None, device: str = 'cpu') -> FeatureEncoder:
-    "A sentence-transformers model; raises `MissingCheckpoint`, or `InputError` where the package is not installed."
-    if find_spec('sentence_transformers') is None: raise InputError(f'sentence-transformers:{name}: the package is not installed; pip install newsrepro[features]')
+    def encode_text(self, tokens: torch.Tensor  # int64 (n, length)
+                   ) -> torch.Tensor:  # (n, dim)
+        "Features of texts, padding left out."
+        mask = (tokens != self.net.tokenizer.pad_token_id).long()
+        return self.net({'input_ids': tokens, 'attention_mask': mask})['sentence_embedding']
+
+def _sentence_transformer(name: str, path: Path | None, device: str):
+    if find_spec('sentence_transformers') is None:
+        raise InputError(f'sentence-transformers:{name}: the package is not installed; '
+                         'pip install newsrepro[features]')
     from sentence_transformers import SentenceTransformer
-    path = local_weights(name, weights)
-    try: net = SentenceTransformer(str(path or name), device=device)
-    except Exception as error: raise MissingCheckpoint(f'sentence-transformers:{name}: no such folder, none in the folder of --weights, and the hub did not give it ({type(error).__name__})') from None
-    digest = hashlib.sha256()
-    for value in net.state_dict().values(): digest.update(value.cpu().contiguous().numpy().tobytes())
-    backbone = Backbone(f'sentence-transformers:{Path(name).name}', Path(name).name, 'sentence-transformers', 0, len(net.encode('a text')),
-                        sum(p.numel() for p in net.parameters())/1e6, quick_gelu=False)
-    tokenize = lambda texts: net.tokenizer(texts, padding=True, truncation=True, max_length=net.max_seq_length,
-                                           return_tensors='pt').input_ids
-    return FeatureEncoder(backbone, TextTower(net).eval().requires_grad_(False), digest.hexdigest(), device, tokenizes=tokenize)
+    try: return SentenceTransformer(str(path or name), device=device)
+    except Exception as error:
+        raise MissingCheckpoint(f'sentence-transformers:{name}: no such folder, none in the folder of '
+                                f'--weights, and the hub did not give it ({type(error).__name__})') from None
 
+# %% ../nbs/04_embed.ipynb #load-text-encoder
+def load_text_encoder(name: str,  # a folder, or a name of the hub
+                      weights: Path | None = None,  # folder searched for the model's own
+                      device: str = 'cpu'  # where the model goes, such as 'cpu' or 'cuda:0'
+                     ) -> FeatureEncoder:
+    "A sentence-transformers model; raises `MissingCheckpoint`, or `InputError` where the package lacks."
+    net = _sentence_transformer(name, local_weights(name, weights), device)
+    own = Path(name).name
+    backbone = Backbone(f'sentence-transformers:{own}', own, 'sentence-transformers', 0,
+                        len(net.encode('a text')), sum(p.numel() for p in net.parameters())/1e6,
+                        quick_gelu=False)
+    tokenize = lambda texts: net.tokenizer(texts, padding=True, truncation=True,
+                                           max_length=net.max_seq_length, return_tensors='pt').input_ids
+    return FeatureEncoder(backbone, TextTower(net).eval().requires_grad_(False), weights_digest(net), device,
+                          tokenizes=tokenize)
+
+# %% ../nbs/04_embed.ipynb #load-any
 def load_any(name: str,  # 'timm:NAME', 'sentence-transformers:NAME', or as `find_backbone` takes it
-             profile: str = 'mini', weights: Path | None = None, device: str = 'cpu') -> Encoder | FeatureEncoder:
-    "The encoder called `name`."
+             profile: str = 'mini',  # 'mini' or 'paper'
+             weights: Path | None = None,  # folder searched first for the checkpoint
+             device: str = 'cpu'  # where the model goes, such as 'cpu' or 'cuda:0'
+            ) -> Encoder | FeatureEncoder:
+    "The encoder called `name`; raises `MissingCheckpoint` or `InputError`."
     kind, _, rest = name.partition(':')
     if kind == 'timm': return load_image_encoder(rest, weights, device)
     if kind == 'sentence-transformers': return load_text_encoder(rest, weights, device)
     return load_encoder(find_backbone(name, profile), weights, device)
 
 # %% ../nbs/04_embed.ipynb #content-keys
-def content_key(item: str, kind: str) -> bytes:
+def content_key(item: str,  # a text, or the path of an image
+                kind: str  # 'text' or 'image'
+               ) -> bytes:  # 32
     "SHA-256 of a text, or of the bytes of the file at a path."
     if kind == 'text': return hashlib.sha256(item.encode()).digest()
     return bytes.fromhex(file_digest(item))
 
-def read_shard(path: Path) -> tuple[list[bytes], np.ndarray, float]:
-    "Keys, embeddings (n, dim) and seconds of encoding of one shard; a damaged shard counts as empty."
+def read_shard(path: Path  # of a shard's file
+              ) -> tuple[list[bytes], np.ndarray, float]:  # content keys, rows (n, dim), seconds
+    "Keys, embeddings and time of encoding of one shard; a damaged one counts as empty."
     try:
         with safe_open(path, 'np') as shard:
-            return [bytes(key) for key in shard.get_tensor('keys')], shard.get_tensor('embeddings'), float(shard.metadata()['seconds'])
+            keys = [bytes(key) for key in shard.get_tensor('keys')]
+            return keys, shard.get_tensor('embeddings'), float(shard.metadata()['seconds'])
     except Exception: return [], np.empty((0, 0), np.float32), 0.
 
 # %% ../nbs/04_embed.ipynb #store
 @dataclass(frozen=True)
 class EmbeddingStore:
     "Embeddings on disk, keyed by encoder and content."
-    root: Path
+    root: Path  # folder of the shards
     shard_size: int = 2048  # embeddings a shard
 
-    def folder(self, encoder: Encoder, kind: str) -> Path: return self.root/encoder.key/kind
+    def folder(self, encoder: Encoder,  # whose key names it
+               kind: str  # 'text' or 'image'
+              ) -> Path:
+        "Where the shards of this encoder and kind lie."
+        return self.root/encoder.key/kind
 
-    def load(self, encoder: Encoder, kind: str) -> dict[bytes, np.ndarray]:
-        "All embeddings of this encoder and kind, by content key."
+    def load(self, encoder: Encoder,  # that made them
+             kind: str  # 'text' or 'image'
+            ) -> dict[bytes, np.ndarray]:  # (dim,) float32 by content key
+        "All embeddings of this encoder and kind."
         shards = (read_shard(path) for path in sorted(self.folder(encoder, kind).glob('*.safetensors')))
-        return {key: row for keys, rows, _ in shards for key, row in zip(keys, rows) if len(row) == encoder.backbone.dim}
+        return {key: row for keys, rows, _ in shards for key, row in zip(keys, rows)
+                if len(row) == encoder.backbone.dim}
 
-    def save(self, encoder: Encoder, kind: str, keys: Sequence[bytes], rows: np.ndarray, seconds: float) -> None:
+    def save(self, encoder: Encoder,  # that made them
+             kind: str,  # 'text' or 'image'
+             keys: Sequence[bytes],  # of the contents
+             rows: np.ndarray,  # (n, dim) float32, as many as keys
+             seconds: float  # of encoding
+            ) -> None:
         "Write one shard, whole or not at all."
         name = hashlib.sha256(b''.join(keys)).hexdigest()[:24]
+        tensors = {'keys': np.frombuffer(b''.join(keys), np.uint8).reshape(-1, 32), 'embeddings': rows}
         with atomic_path(self.folder(encoder, kind)/f'{name}.safetensors') as part:
-            save_file({'keys': np.frombuffer(b''.join(keys), np.uint8).reshape(-1, 32), 'embeddings': rows}, part,
-                      {'seconds': f'{seconds:.4f}', 'model': encoder.label})
+            save_file(tensors, part, {'seconds': f'{seconds:.4f}', 'model': encoder.label})
 
 # %% ../nbs/04_embed.ipynb #embed
-def embed(encoder: Encoder, items: Sequence[str], kind: str,
-          store: EmbeddingStore, batch_size: int = 64, workers: int = 0) -> np.ndarray:  # (n, dim) float32, unit rows, in the order of `items`
+def embed(encoder: Encoder,  # asked for what the store lacks
+          items: Sequence[str],  # texts, or paths of images
+          kind: str,  # 'text' or 'image'
+          store: EmbeddingStore,  # read first, then filled
+          batch_size: int = 64,  # rows of a batch at most
+          workers: int = 0  # threads that decode; 0 = one a core, at most 8
+         ) -> np.ndarray:  # (n, dim) float32, unit rows, in the order of `items`
     "Embeddings of `items` from the `store`; what it lacks is encoded once, shard by shard, and kept."
     keys = [content_key(item, kind) for item in items]
     known = store.load(encoder, kind)
     lacking = {key: item for key, item in zip(keys, items) if key not in known}
     for part in batches(list(lacking.items()), store.shard_size):
-        start, (part_keys, part_items) = time.perf_counter(), zip(*part)
+        start = time.perf_counter()
+        part_keys, part_items = zip(*part)
         rows = encode(encoder, part_items, kind, batch_size, workers)
         store.save(encoder, kind, part_keys, rows, time.perf_counter() - start)
         known.update(zip(part_keys, rows))
     return np.stack([known[key] for key in keys]) if keys else np.empty((0, encoder.backbone.dim), np.float32)
 
 # %% ../nbs/04_embed.ipynb #embed-windows
-def count_tokens(encoder: Encoder, text: str) -> int:
-    "Tokens of `text` in the encoder's own vocabulary, start and end left out."
+def count_tokens(encoder: Encoder,  # whose vocabulary counts
+                 text: str  # of any length
+                ) -> int:  # start and end left out
+    "Tokens of `text` in the encoder's own vocabulary."
     tokenize = encoder.tokenize
-    return len(tokenize.encode(text) if hasattr(tokenize, 'encode') else tokenize.tokenizer(text, add_special_tokens=False).input_ids)
+    if hasattr(tokenize, 'encode'): return len(tokenize.encode(text))
+    return len(tokenize.tokenizer(text, add_special_tokens=False).input_ids)
 
-def embed_windows(encoder: Encoder, texts: Sequence[str], store: EmbeddingStore, batch_size: int = 64) -> np.ndarray:  # (n, dim) float32, unit rows
+def embed_windows(encoder: Encoder,  # of texts
+                  texts: Sequence[str],  # of any length
+                  store: EmbeddingStore,  # read first, then filled
+                  batch_size: int = 64  # rows of a batch at most
+                 ) -> np.ndarray:  # (n, dim) float32, unit rows
     "Embeddings of whole texts, however long: the mean over windows that each fit the encoder."
     count = cache(lambda word: count_tokens(encoder, word))
     parts = [windows(text, count, encoder.tokenize.context_length - 2) or [''] for text in texts]
     rows = embed(encoder, [window for part in parts for window in part], 'text', store, batch_size)
-    mean = [own.mean(0) for own in np.split(rows, np.cumsum([len(part) for part in parts])[:-1])] if len(rows) else rows
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    mean = [own.mean(0) for own in np.split(rows, ends)] if len(rows) else rows
     return np.stack([row/np.linalg.norm(row) for row in mean]) if len(mean) else rows
 
 # %% ../nbs/04_embed.ipynb #encoding-cost
-def encoding_cost(encoder: Encoder, kind: str, store: EmbeddingStore) -> float:
-    "Milliseconds an item that encoding took when it was done; NaN where nothing is stored."
+def encoding_cost(encoder: Encoder,  # that did the work
+                  kind: str,  # 'text' or 'image'
+                  store: EmbeddingStore  # that kept what it cost
+                 ) -> float:  # milliseconds an item; NaN where nothing is stored
+    "What encoding took when it was done."
     shards = [read_shard(path) for path in sorted(store.folder(encoder, kind).glob('*.safetensors'))]
     items = sum(len(keys) for keys, _, _ in shards)
     return 1000*sum(seconds for _, _, seconds in shards)/items if items else float('nan')

@@ -19,28 +19,40 @@ from .core import InputError
 from .metrics import tie_order
 
 # %% ../nbs/05_retrieve.ipynb #unit-rows
-def as_unit_rows(x: np.ndarray,  # (n, dim)
-                 name: str) -> torch.Tensor:  # (n, dim) float32
-    "`x` with unit rows; raises `InputError` where it has not two axes, or a row is zero or holds NaN or infinity."
+def as_unit_rows(x: np.ndarray,  # (n, dim), of any scale
+                 name: str  # for the message
+                ) -> torch.Tensor:  # (n, dim) float32
+    "`x` with unit rows; raises `InputError` for other than two axes, and a row of zeros, NaN or infinity."
     x = torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32))
     if x.ndim != 2: raise InputError(f'{name}: expected (n, dim), got {tuple(x.shape)}')
     if not x.numel(): return x
-    largest = x.abs().amax(1, keepdim=True)  # looked at before squaring, else rows below 1e-19 or above 1e19 are lost
-    broken, zero = ~torch.isfinite(largest[:, 0]), largest[:, 0] == 0
+    largest = x.abs().amax(1, keepdim=True)  # before squaring, which loses rows below 1e-19 or above 1e19
+    broken = ~torch.isfinite(largest[:, 0])
     if broken.any(): raise InputError(f'{name}: NaN or infinity in row {int(broken.nonzero()[0])}')
-    if zero.any(): raise InputError(f'{name}: row {int(zero.nonzero()[0])} is a zero vector, which has no cosine')
+    zero = largest[:, 0] == 0
+    if zero.any():
+        raise InputError(f'{name}: row {int(zero.nonzero()[0])} is a zero vector, which has no cosine')
     already = ((x.norm(dim=1, keepdim=True) - 1).abs() < 1e-6)  # float32 says no more of a length
-    return x if already.all() else torch.where(already, x, torch.nn.functional.normalize(x/largest, dim=1))
+    if already.all(): return x
+    return torch.where(already, x, torch.nn.functional.normalize(x/largest, dim=1))
 
-def as_pair(queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Both as unit rows; raises `InputError` also for unequal dimensions, an empty pool, or a `k` that the pool cannot give."
-    q, c = as_unit_rows(queries, 'queries'), as_unit_rows(candidates, 'candidates')
+# %% ../nbs/05_retrieve.ipynb #as-pair
+def as_pair(queries: np.ndarray,  # (n, dim), of any scale
+            candidates: np.ndarray,  # (m, dim), of any scale
+            k: int  # length of the lists
+           ) -> tuple[torch.Tensor, torch.Tensor]:  # (n, dim) and (m, dim) float32
+    "Both as unit rows; raises `InputError` also for unequal dimensions, an empty pool, a `k` beyond it."
+    q = as_unit_rows(queries, 'queries')
+    c = as_unit_rows(candidates, 'candidates')
     if not len(c): raise InputError('candidates: the pool is empty')
-    if q.shape[1] != c.shape[1]: raise InputError(f'queries have {q.shape[1]} dimensions, candidates {c.shape[1]}')
+    if q.shape[1] != c.shape[1]:
+        raise InputError(f'queries have {q.shape[1]} dimensions, candidates {c.shape[1]}')
     check_k(k, len(c))
     return q, c
 
-def check_k(k: int, pool: int) -> None:
+def check_k(k: int,  # length of the lists
+            pool: int  # number of candidates
+           ) -> None:
     "Raise `InputError` unless 1 <= `k` <= `pool`."
     if not 1 <= k <= pool: raise InputError(f'k={k}: the pool holds {pool} candidates; use 1 to {pool}')
 
@@ -54,7 +66,8 @@ def to_keys(scores: torch.Tensor,  # float32, no NaN
     bits = (scores + 0.).view(torch.int32)  # + 0 turns -0 into 0
     return ((bits ^ ((bits >> 31) & 0x7fffffff)).long() << 32) | (LAST - places)
 
-def from_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32 and places int64
+def from_keys(keys: torch.Tensor  # int64
+             ) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32 and places int64
     "What `to_keys` was given."
     bits = (keys >> 32).int()
     return (bits ^ ((bits >> 31) & 0x7fffffff)).view(torch.float32), LAST - (keys & LAST)
@@ -63,7 +76,7 @@ def from_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # score
 GROUP = 8  # scores that share a maximum
 
 def survivors(scores: torch.Tensor,  # (queries, candidates)
-              least: torch.Tensor | None,  # (queries,) a score must be above this; None = so far there is no list
+              least: torch.Tensor | None,  # (queries,) what a score must exceed; None = there is no list yet
               k: int  # length of the lists
              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # rows, ascending, columns, scores
     "Scores that can be among the k best of their row, all of those that are among them."
@@ -73,22 +86,41 @@ def survivors(scores: torch.Tensor,  # (queries, candidates)
         return row, column, scores[row, column]
     grouped = scores.unflatten(1, (GROUP, -1))  # a group's scores stand apart, which vectorises
     largest = grouped.amax(1)
-    if least is None: least = torch.nextafter(largest.topk(k, dim=1, sorted=False).values.amin(1), scores.new_tensor(-torch.inf))
+    if least is None:
+        reached = largest.topk(k, dim=1, sorted=False).values.amin(1)
+        least = torch.nextafter(reached, scores.new_tensor(-torch.inf))
     row, group = (largest > least[:, None]).nonzero(as_tuple=True)
     inside = grouped[row, :, group]
     hit, member = (inside > least[row, None]).nonzero(as_tuple=True)
     return row[hit], group[hit] + grouped.shape[2]*member, inside[hit, member]
 
+# %% ../nbs/05_retrieve.ipynb #lists-add
+def _add(lists: 'Lists', block: torch.Tensor, start: int) -> None:
+    first = lists.least is None
+    row, column, score = survivors(block, lists.least, lists.k)
+    counts = row.bincount(minlength=len(block))
+    if counts.max() > 2*lists.k or (first and counts.min() < lists.k):
+        places = torch.arange(start, start + block.shape[1], device=block.device)
+        return lists.settle(to_keys(block, places))
+    if (lists.filled + counts).max() > lists.keys.shape[1]: lists.settle()
+    slot = torch.arange(len(row), device=row.device) + (lists.filled + counts - counts.cumsum(0))[row]
+    lists.keys[row, slot] = to_keys(score, column + start)
+    lists.filled += counts
+    if first or lists.filled.max() > 2*lists.k: lists.settle()
+
 # %% ../nbs/05_retrieve.ipynb #lists
 class Lists:
     "Lists of the `k` best of each query, which grow block by block."
-    def __init__(self, queries: int, k: int, device: torch.device):
+    def __init__(self, queries: int,  # how many lists
+                 k: int,  # their length
+                 device: torch.device):  # where they lie
         self.k, self.least = k, None  # what a newcomer must exceed, (queries,)
         self.keys = torch.full((queries, 3*k), torch.iinfo(torch.int64).min, device=device)
         self.filled = torch.zeros(queries, dtype=torch.int64, device=device)
 
-    def settle(self, more: torch.Tensor | None = None) -> None:
-        "Keep the k best of each row, and of the keys `more` laid beside it."
+    def settle(self, more: torch.Tensor | None = None  # keys (queries, any), laid beside the lists
+              ) -> None:
+        "Keep the k best of each row, and of `more`."
         held = self.keys[:, :int(self.filled.max())]
         if more is not None: held = torch.cat([held, more], 1)
         best = held.topk(min(self.k, held.shape[1]), dim=1, sorted=False).values
@@ -100,22 +132,16 @@ class Lists:
             start: int  # place of its first candidate
            ) -> None:
         "Take in a block that stands behind all earlier ones in the pool."
-        first, (row, column, score) = self.least is None, survivors(block, self.least, self.k)
-        counts = row.bincount(minlength=len(block))
-        if counts.max() > 2*self.k or (first and counts.min() < self.k):
-            return self.settle(to_keys(block, torch.arange(start, start + block.shape[1], device=block.device)))
-        if (self.filled + counts).max() > self.keys.shape[1]: self.settle()
-        slot = torch.arange(len(row), device=row.device) + (self.filled + counts - counts.cumsum(0))[row]
-        self.keys[row, slot] = to_keys(score, column + start)
-        self.filled += counts
-        if first or self.filled.max() > 2*self.k: self.settle()
+        _add(self, block, start)
 
-    def best(self) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32 and places int64, (queries, at most k)
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32, places int64, (queries, at most k)
         "The lists, best first."
-        return from_keys(self.keys.sort(dim=1, descending=True).values[:, :min(self.k, int(self.filled.max()))])
+        length = min(self.k, int(self.filled.max()))
+        return from_keys(self.keys.sort(dim=1, descending=True).values[:, :length])
 
-# %% ../nbs/05_retrieve.ipynb #search-rows
-def cosine_block(rows: torch.Tensor, columns: torch.Tensor,  # (queries, dim), (candidates, dim)
+# %% ../nbs/05_retrieve.ipynb #cosine-block
+def cosine_block(rows: torch.Tensor,  # (queries, dim)
+                 columns: torch.Tensor,  # (candidates, dim)
                  room: torch.Tensor,  # memory for the result
                  handicap: torch.Tensor | None = None  # (candidates,), taken off
                 ) -> torch.Tensor:  # (queries, candidates)
@@ -124,35 +150,44 @@ def cosine_block(rows: torch.Tensor, columns: torch.Tensor,  # (queries, dim), (
     if handicap is None: return torch.mm(rows, columns.T, out=out)
     return torch.addmm(handicap, rows, columns.T, beta=-1, out=out)
 
+# %% ../nbs/05_retrieve.ipynb #search-rows
 @torch.inference_mode()
 def search_rows(rows: torch.Tensor,  # (queries, dim)
                 c: torch.Tensor,  # (m, dim)
                 k: int,  # at most m
                 size: int,  # candidates a block
                 handicap: torch.Tensor | None = None  # (m,) float32, taken off each candidate's cosine
-               ) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32 and places int64, (queries, k), best first
+               ) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32, places int64, (queries, k), best first
     "The k best candidates of each row by cosine - `handicap`, then by place."
-    lists, room = Lists(len(rows), k, c.device), c.new_empty(len(rows)*min(size, len(c)))
+    lists = Lists(len(rows), k, c.device)
+    room = c.new_empty(len(rows)*min(size, len(c)))
     for start in range(0, len(c), size):
         part = slice(start, start + size)
         lists.add(cosine_block(rows, c[part], room, None if handicap is None else handicap[part]), start)
     return lists.best()
 
-# %% ../nbs/05_retrieve.ipynb #in-turns
-BLOCKS = {'cpu': (1024, 4096), 'cuda': (8192, 32768)}  # queries and candidates of a block: 16 MB of scores, 1 GB
+# %% ../nbs/05_retrieve.ipynb #block-sizes
+BLOCKS = {'cpu': (1024, 4096), 'cuda': (8192, 32768)}  # queries and candidates a block: 16 MB, 1 GB
 
-def block_sizes(device: str, query_block: int, candidate_block: int) -> tuple[int, int]:
+def block_sizes(device: str,  # such as 'cpu' or 'cuda:0'
+                query_block: int,  # queries; 0 = the device's usual
+                candidate_block: int  # candidates; 0 = the device's usual
+               ) -> tuple[int, int]:  # queries, candidates
     "Sizes as given, those of the device for 0; raises `InputError` for a negative one."
-    if min(query_block, candidate_block) < 0: raise InputError(f'blocks of {query_block} x {candidate_block}: at least 1, or 0 for the usual size')
+    if min(query_block, candidate_block) < 0:
+        raise InputError(f'blocks of {query_block} x {candidate_block}: at least 1, or 0 for the usual size')
     usual = BLOCKS[torch.device(device).type]
     return query_block or usual[0], candidate_block or usual[1]
 
+# %% ../nbs/05_retrieve.ipynb #in-turns
 def over_queries(job: Callable,  # rows (queries, dim) on the device -> anything
                  q: torch.Tensor,  # (n, dim)
                  size: int,  # queries a block
-                 device: torch.device) -> Iterator[tuple[slice, Any]]:  # which queries, what `job` made of them; in order
+                 device: torch.device  # on which `job` works
+                ) -> Iterator[tuple[slice, Any]]:  # which queries, what `job` made of them; in order
     "Apply `job` to each block of queries: one a core on the CPU, one after the other on a GPU."
-    parts, threads = [slice(start, start + size) for start in range(0, len(q), size)], torch.get_num_threads()
+    parts = [slice(start, start + size) for start in range(0, len(q), size)]
+    threads = torch.get_num_threads()
     if device.type != 'cpu' or min(threads, len(parts)) < 2:
         yield from ((part, job(q[part].to(device))) for part in parts)
         return
@@ -161,41 +196,53 @@ def over_queries(job: Callable,  # rows (queries, dim) on the device -> anything
         finally: torch.set_num_threads(threads)
 
 # %% ../nbs/05_retrieve.ipynb #search
-def search(q: torch.Tensor, c: torch.Tensor,  # (n, dim) and (m, dim), as `as_pair` returns them; c on the device
-           k: int, sizes: tuple[int, int],  # of blocks
-           handicap: torch.Tensor | None = None  # (m,) float32
+def search(q: torch.Tensor,  # (n, dim) unit rows, as `as_pair` returns them
+           c: torch.Tensor,  # (m, dim) unit rows, on the device
+           k: int,  # at most m
+           sizes: tuple[int, int],  # of blocks, as `block_sizes` returns them
+           handicap: torch.Tensor | None = None  # (m,) float32, taken off each candidate's cosine
           ) -> tuple[np.ndarray, np.ndarray]:  # scores float32 and places int64, (n, k), best first
     "`search_rows` for all queries."
     scores, places = np.empty((len(q), k), np.float32), np.empty((len(q), k), np.int64)
-    for part, (score, place) in over_queries(lambda rows: search_rows(rows, c, k, sizes[1], handicap), q, sizes[0], c.device):
+    job = lambda rows: search_rows(rows, c, k, sizes[1], handicap)
+    for part, (score, place) in over_queries(job, q, sizes[0], c.device):
         scores[part], places[part] = score.cpu().numpy(), place.cpu().numpy()
     return scores, places
 
 # %% ../nbs/05_retrieve.ipynb #exact-cosines
 SAMPLE = 4096  # scores computed again to see how wrong float32 is
 
-def exact_cosines(q: torch.Tensor, c: torch.Tensor,  # (n, dim), (m, dim)
-                  rows: np.ndarray, places: np.ndarray,  # (pairs,) of either
+def exact_cosines(q: torch.Tensor,  # (n, dim) unit rows
+                  c: torch.Tensor,  # (m, dim) unit rows, on the device
+                  rows: np.ndarray,  # (pairs,) of `q`
+                  places: np.ndarray,  # (pairs,) of `c`
                   size: int = 2**10  # pairs at a time, few enough for a cache
                  ) -> np.ndarray:  # float64 (pairs,)
     "Cosines of single pairs; equal pairs have equal ones, to the bit."
     parts = zip(torch.from_numpy(rows).split(size), torch.from_numpy(places).split(size))
-    return np.concatenate([(q[row].to(c.device).double()*c[place.to(c.device)].double()).sum(1).cpu().numpy() for row, place in parts])
+    product = lambda row, place: q[row].to(c.device).double()*c[place.to(c.device)].double()
+    return np.concatenate([product(row, place).sum(1).cpu().numpy() for row, place in parts])
 
 def close(scores: np.ndarray,  # (n, k), best first
-          error: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:  # rows and columns
+          error: np.ndarray | float  # by which each may be wrong, (n, k) or one for all
+         ) -> tuple[np.ndarray, np.ndarray]:  # rows and columns
     "Where a score and its neighbour stand no farther apart than their errors allow to be wrong."
     error = np.broadcast_to(error, scores.shape)
     near = scores[:, :-1] - scores[:, 1:] <= error[:, :-1] + error[:, 1:]
     return (np.pad(near, ((0, 0), (0, 1))) | np.pad(near, ((0, 0), (1, 0)))).nonzero()
 
-def sort_rows(scores: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
-    "Sort these rows of both in place, highest score first, then by place; scores within 2**-47, the noise of float64, are equal."
+# %% ../nbs/05_retrieve.ipynb #sort-rows
+def sort_rows(scores: np.ndarray,  # (n, k) float64, changed in place
+              places: np.ndarray,  # (n, k) int64, changed in place
+              rows: np.ndarray  # which to sort
+             ) -> None:
+    "Sort rows of both by score, highest first, then place; within 2**-47, the noise of float64, they are equal."
     order = np.argsort(-scores[rows], axis=1)
     score, place = (np.take_along_axis(x[rows], order, 1) for x in (scores, places))
     group = np.pad((score[:, :-1] - score[:, 1:] > 2**-47).cumsum(1), ((0, 0), (1, 0)))
     order = np.lexsort((place, group), axis=1)
-    scores[rows], places[rows] = np.take_along_axis(score, order, 1), np.take_along_axis(place, order, 1)
+    scores[rows] = np.take_along_axis(score, order, 1)
+    places[rows] = np.take_along_axis(place, order, 1)
 
 # %% ../nbs/05_retrieve.ipynb #handicap
 class Handicap:
@@ -209,19 +256,26 @@ class Handicap:
         self.refine(sample)
         self.error *= 1.5*(np.abs(before - self.value[sample])/weight[sample]).max()
 
-    def refine(self, places: np.ndarray) -> None:
-        "Set the values at these distinct places right."
+    def refine(self, places: np.ndarray  # distinct
+              ) -> None:
+        "Set the values at these places right."
         if len(new := places[self.error[places] > 0]): self.value[new], self.error[new] = self.exact(new), 0
 
 # %% ../nbs/05_retrieve.ipynb #in-order
-def in_order(q: torch.Tensor, c: torch.Tensor, scores: np.ndarray, places: np.ndarray,  # what `search` found
-             handicap: Handicap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores float64, places, and by how much each score may be wrong
+def in_order(q: torch.Tensor,  # (n, dim) unit rows
+             c: torch.Tensor,  # (m, dim) unit rows, on the device
+             scores: np.ndarray,  # (n, k) float32, as `search` found them
+             places: np.ndarray,  # (n, k) int64, likewise
+             handicap: Handicap  # whose value in float32 was taken off
+            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores float64, places, error of each score
     "Lists in the order of float64."
-    scores, places = scores + (handicap.value.astype(np.float32) - handicap.value)[places], places.copy()
+    scores = scores + (handicap.value.astype(np.float32) - handicap.value)[places]
+    places = places.copy()
     def again(rows, columns):
         there = places[rows, columns]
         if len(there): scores[rows, columns] = exact_cosines(q, c, rows, there) - handicap.value[there]
-    sample = np.unravel_index(np.unique(np.linspace(0, scores.size - 1, SAMPLE).astype(int)), scores.shape)
+    spread = np.unique(np.linspace(0, scores.size - 1, SAMPLE).astype(int))
+    sample = np.unravel_index(spread, scores.shape)
     seen = scores[sample]
     again(*sample)
     error = max(2*np.abs(seen - scores[sample]).max(), 2**-24) + handicap.error[places]
@@ -236,9 +290,13 @@ def in_order(q: torch.Tensor, c: torch.Tensor, scores: np.ndarray, places: np.nd
 # %% ../nbs/05_retrieve.ipynb #exact-search
 SPARE = (4, 1024)  # candidates looked at beyond k, and where more are that close
 
-def exact_search(q: torch.Tensor, c: torch.Tensor, k: int, sizes: tuple[int, int], handicap: Handicap
+def exact_search(q: torch.Tensor,  # (n, dim) unit rows
+                 c: torch.Tensor,  # (m, dim) unit rows, on the device
+                 k: int,  # at most m
+                 sizes: tuple[int, int],  # of blocks
+                 handicap: Handicap  # refined where an order hangs on it
                 ) -> tuple[np.ndarray, np.ndarray]:  # scores float64 and places int64, (n, k), best first
-    "`search` in the order of float64, unless over a thousand candidates are within float32's error of the last in a list."
+    "`search` in float64's order, unless over 1000 candidates are within float32's error of a list's last."
     scores, places, left = np.empty((len(q), k)), np.empty((len(q), k), np.int64), np.arange(len(q))
     for width in (min(k + spare, len(c)) for spare in SPARE):
         unsettled = [left[:0]]
@@ -246,28 +304,37 @@ def exact_search(q: torch.Tensor, c: torch.Tensor, k: int, sizes: tuple[int, int
             single = torch.from_numpy(handicap.value).float().to(c.device) if handicap.value.any() else None
             score, place, error = in_order(q[rows], c, *search(q[rows], c, width, sizes, single), handicap)
             scores[rows], places[rows] = score[:, :k], place[:, :k]
-            unsettled.append(rows[(score[:, k - 1] - score[:, -1] <= error[:, k - 1] + error[:, -1]) & (width < len(c))])
+            near = score[:, k - 1] - score[:, -1] <= error[:, k - 1] + error[:, -1]
+            unsettled.append(rows[near & (width < len(c))])
         left = np.concatenate(unsettled)
     return scores, places
 
 # %% ../nbs/05_retrieve.ipynb #top-k
 def top_k(queries: np.ndarray,  # (n, dim), any scale: cosine normalises
           candidates: np.ndarray,  # (m, dim)
-          k: int = 100, device: str = 'cpu',
-          query_block: int = 0, candidate_block: int = 0  # rows; 0 = `BLOCKS`
+          k: int = 100,  # length of the lists, at most m
+          device: str = 'cpu',  # where the search runs, such as 'cpu' or 'cuda:0'
+          query_block: int = 0,  # queries a block; 0 = `BLOCKS`
+          candidate_block: int = 0  # candidates a block; 0 = `BLOCKS`
          ) -> tuple[np.ndarray, np.ndarray]:  # cosines float32 and places int64, each (n, k), best first
-    "Exact cosine top-k of each query over all candidates, equal scores in the order of the pool; raises `InputError` as `as_pair` does."
+    "Exact cosine top-k, equal scores in the order of the pool; raises `InputError` as `as_pair` does."
     sizes = block_sizes(device, query_block, candidate_block)
     q, c = as_pair(queries, candidates, k)
-    scores, places = exact_search(q, c.to(device), k, sizes, Handicap(np.zeros(len(c)), np.ones(len(c)), lambda some: 0.))
+    nothing = Handicap(np.zeros(len(c)), np.ones(len(c)), lambda some: 0.)
+    scores, places = exact_search(q, c.to(device), k, sizes, nothing)
     return scores.astype(np.float32), places
 
 # %% ../nbs/05_retrieve.ipynb #ranked-lists
-def ranked_lists(query_ids: Sequence[str], queries: np.ndarray,  # (n, dim)
-                 candidate_ids: Sequence[str], candidates: np.ndarray,  # (m, dim)
-                 k: int = 100, device: str = 'cpu') -> dict[str, list[str]]:
-    "For each query id the ids of its `k` nearest candidates by cosine, best first; a smaller pool is listed whole."
-    if len(query_ids) != len(queries) or len(candidate_ids) != len(candidates): raise InputError('as many ids as embeddings are needed')
+def ranked_lists(query_ids: Sequence[str],  # as many as queries
+                 queries: np.ndarray,  # (n, dim), of any scale
+                 candidate_ids: Sequence[str],  # as many as candidates
+                 candidates: np.ndarray,  # (m, dim), of any scale
+                 k: int = 100,  # length of the lists
+                 device: str = 'cpu'  # where the search runs, such as 'cpu' or 'cuda:0'
+                ) -> dict[str, list[str]]:  # query id -> candidate ids, best first
+    "Ids of the `k` nearest candidates by cosine; a smaller pool is listed whole; raises `InputError`."
+    if len(query_ids) != len(queries) or len(candidate_ids) != len(candidates):
+        raise InputError('as many ids as embeddings are needed')
     order = tie_order(candidate_ids)
     places = top_k(queries, np.asarray(candidates)[order], min(k, len(order)) or k, device)[1]
     names = np.asarray(candidate_ids, dtype=object)[order]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'VILT_WEIGHTS', 'PictureRule', 'load_picture', 'Vilt', 'encode_pairs', 'match_logits', 'vilt_state',
-           'Matcher', 'picture_rule', 'new_vilt', 'vilt_config', 'vilt_weights', 'fill', 'load_vilt', 'untaught',
-           'word_pieces', 'save_vilt', 'start_from_vit', 'quantised', 'text_units', 'unit_pairs', 'embed_pictures',
+           'Matcher', 'picture_rule', 'new_vilt', 'vilt_config', 'vilt_weights', 'fill', 'word_pieces', 'load_vilt',
+           'untaught', 'save_vilt', 'start_from_vit', 'quantised', 'text_units', 'unit_pairs', 'embed_pictures',
            'score_pairs', 'Journal', 'scorers', 'merge', 'Effort', 'refuse', 'score_chunk', 'rank_pairs', 'candidates',
            'journal_name', 'matched_lists']
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import ViltConfig, ViltModel
 from transformers.models.vilt.modeling_vilt import ViltMLMHead
 
+# %% ../nbs/04a_single_stream.ipynb #imports-own
 from .checkpoints import VILT_FILES, find_model
 from .core import InputError, atomic_path
 from .data import open_image
@@ -44,65 +45,87 @@ class PictureRule:
     "How a checkpoint wants its pictures."
     shorter: int = 384  # wanted length of the shorter side, pixels
     divisor: int = 32  # both sides are multiples of it
-    mean: float = .5
-    std: float = .5
+    mean: float = .5  # taken off values in [0, 1]
+    std: float = .5  # by which the rest is divided
 
     @property
-    def longer(self) -> int: return int(1333/800*self.shorter)  # 639 for 384
+    def longer(self) -> int:  # 639 for 384
+        "Most that the longer side may measure, pixels."
+        return int(1333/800*self.shorter)
 
-    def size(self, height: int, width: int) -> tuple[int, int]:  # height, width
+    def size(self, height: int,  # pixels
+             width: int  # pixels
+            ) -> tuple[int, int]:  # height, width
         "Size to which a picture is resized (Kim et al. 2021, section 4.1); never below one patch."
-        sides = [self.shorter if side == min(height, width) else self.shorter/min(height, width)*side for side in (height, width)]
-        scale = min(1., self.longer/max(sides))  # in two steps as in the original, which rounds some pictures of 1:2 otherwise
+        sides = [self.shorter if side == min(height, width) else self.shorter/min(height, width)*side
+                 for side in (height, width)]
+        scale = min(1., self.longer/max(sides))  # in two steps, as the original rounds some pictures of 1:2
         return tuple(max(self.divisor, int(scale*side + .5)//self.divisor*self.divisor) for side in sides)
 
-def load_picture(path: str | Path, rule: PictureRule) -> torch.Tensor:  # (3, height, width) uint8
+# %% ../nbs/04a_single_stream.ipynb #load-picture
+def load_picture(path: str | Path,  # of any format that Pillow reads
+                 rule: PictureRule  # of the checkpoint
+                ) -> torch.Tensor:  # (3, height, width) uint8
     "Decode and resize; raises `InputError` where the file is no whole picture."
     picture = open_image(path)
     height, width = rule.size(picture.height, picture.width)
     return pil_to_tensor(picture.convert('RGB').resize((width, height), Image.Resampling.BICUBIC))
 
+# %% ../nbs/04a_single_stream.ipynb #vilt-image
+def _embed_image(e: torch.nn.Module, pixels: torch.Tensor, side: int) -> torch.Tensor:
+    patches = e.patch_embeddings(pixels)
+    grid = e.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    places = F.interpolate(grid, size=patches.shape[2:], mode='bilinear', align_corners=True)
+    tokens = (patches + places).flatten(2).transpose(1, 2)
+    image = torch.cat([e.cls_token.expand(len(pixels), -1, -1), tokens], dim=1)
+    first = F.pad(e.position_embeddings[:, :1], (0, 0, 0, image.shape[1] - 1))
+    return image + first + e.token_type_embeddings.weight[1]
+
 # %% ../nbs/04a_single_stream.ipynb #vilt
 class Vilt(torch.nn.Module):
     "ViLT with the heads for matching and for masked words."
-    def __init__(self, config: ViltConfig):
+    def __init__(self, config: ViltConfig):  # sizes of the network
         super().__init__()
         self.config, self.vilt, self.mlm_score = config, ViltModel(config), ViltMLMHead(config)
         self.rank_output = torch.nn.Linear(config.hidden_size, 1)
         for head in (self.mlm_score.transform.dense, self.rank_output):
-            torch.nn.init.normal_(head.weight, std=config.initializer_range); torch.nn.init.zeros_(head.bias)
+            torch.nn.init.normal_(head.weight, std=config.initializer_range)
+            torch.nn.init.zeros_(head.bias)
         torch.nn.init.zeros_(self.mlm_score.decoder.bias)
         self.mlm_score.decoder.weight = self.vilt.get_input_embeddings().weight  # as in BERT
 
     @property
-    def device(self) -> torch.device: return self.rank_output.bias.device
+    def device(self) -> torch.device:
+        "Where the weights lie."
+        return self.rank_output.bias.device
 
-    def embed_text(self, ids: torch.Tensor) -> torch.Tensor:  # (n, words) int64 -> (n, words, dim)
+    def embed_text(self, ids: torch.Tensor  # (n, words) int64
+                  ) -> torch.Tensor:  # (n, words, dim)
         "What the transformer sees of texts."
         e = self.vilt.embeddings
         return e.text_embeddings(input_ids=ids) + e.token_type_embeddings.weight[0]
 
-    def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:  # (n, 3, height, width) normalised -> (n, 1 + patches, dim)
+    def embed_image(self, pixels: torch.Tensor  # (n, 3, height, width), normalised
+                   ) -> torch.Tensor:  # (n, 1 + patches, dim)
         "What the transformer sees of pictures of one size: a class token, then the patches row by row."
-        e, side = self.vilt.embeddings, self.config.image_size//self.config.patch_size
-        patches = e.patch_embeddings(pixels)
-        grid = e.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        places = F.interpolate(grid, size=patches.shape[2:], mode='bilinear', align_corners=True)
-        image = torch.cat([e.cls_token.expand(len(pixels), -1, -1), (patches + places).flatten(2).transpose(1, 2)], dim=1)
-        return image + F.pad(e.position_embeddings[:, :1], (0, 0, 0, image.shape[1] - 1)) + e.token_type_embeddings.weight[1]
+        return _embed_image(self.vilt.embeddings, pixels, self.config.image_size//self.config.patch_size)
 
-# %% ../nbs/04a_single_stream.ipynb #encode
+# %% ../nbs/04a_single_stream.ipynb #layer
 def _layer(layer, x: torch.Tensor, mask: torch.Tensor | None, heads: int, first_only: bool) -> torch.Tensor:
-    attention, h = layer.attention.attention, layer.layernorm_before(x)
+    attention = layer.attention.attention
+    h = layer.layernorm_before(x)
     split = lambda t: t.unflatten(-1, (heads, -1)).transpose(1, 2)
     x, queries = (x[:, :1], h[:, :1]) if first_only else (x, h)
-    mixed = F.scaled_dot_product_attention(split(attention.query(queries)), split(attention.key(h)), split(attention.value(h)),
-                                           attn_mask=mask)
+    mixed = F.scaled_dot_product_attention(split(attention.query(queries)), split(attention.key(h)),
+                                           split(attention.value(h)), attn_mask=mask)
     x = x + layer.attention.output.dense(mixed.transpose(1, 2).flatten(2))
-    return x + layer.output.dense(layer.intermediate.intermediate_act_fn(layer.intermediate.dense(layer.layernorm_after(x))))
+    inside = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(layer.layernorm_after(x)))
+    return x + layer.output.dense(inside)
 
-def encode_pairs(model: Vilt, x: torch.Tensor,  # (n, words + 1 + patches, dim), text before picture
-                 mask: torch.Tensor | None = None,  # bool, (n, words + 1 + patches), False where there is padding; None = nowhere
+# %% ../nbs/04a_single_stream.ipynb #encode
+def encode_pairs(model: Vilt,  # in evaluation or training
+                 x: torch.Tensor,  # (n, words + 1 + patches, dim), text before picture
+                 mask: torch.Tensor | None = None,  # bool (n, words + 1 + patches), False = padding
                  first_only: bool = False  # stop when the first position is known
                 ) -> torch.Tensor:  # (n, words + 1 + patches or 1, dim)
     "Last hidden states of pairs (Kim et al. 2021, equations 4-6)."
@@ -112,22 +135,28 @@ def encode_pairs(model: Vilt, x: torch.Tensor,  # (n, words + 1 + patches, dim),
                    first_only and depth == len(layers))
     return model.vilt.layernorm(x)
 
-def match_logits(model: Vilt, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:  # as `encode_pairs` -> (n,)
+# %% ../nbs/04a_single_stream.ipynb #match-logits
+def match_logits(model: Vilt,  # whose matching head is trained
+                 x: torch.Tensor,  # (n, words + 1 + patches, dim), as for `encode_pairs`
+                 mask: torch.Tensor | None = None  # as for `encode_pairs`
+                ) -> torch.Tensor:  # (n,)
     "Log odds that text and picture belong together."
     return model.rank_output(model.vilt.pooler(encode_pairs(model, x, mask, first_only=True)))[:, 0]
 
 # %% ../nbs/04a_single_stream.ipynb #vilt-state
 HEADS = ('rank_output', 'mlm_score')
 
-def vilt_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "The weights under the names of `Vilt`, whichever of the published heads they come with; other heads are left out."
+def vilt_state(state: dict[str, torch.Tensor]  # by name, as `read_weights` returns them
+              ) -> dict[str, torch.Tensor]:  # by name of `Vilt`, without its tied weight
+    "The weights under the names of `Vilt`, with whichever of its heads they come; other heads are left out."
     bare = ('embeddings.', 'encoder.', 'layernorm.', 'pooler.')  # a network saved without a head
-    state = {f'vilt.{key}' if key.startswith(bare) else key.replace('mlm_score.bias', 'mlm_score.decoder.bias'): value
-             for key, value in state.items()}
+    renamed = lambda key: key.replace('mlm_score.bias', 'mlm_score.decoder.bias')
+    state = {f'vilt.{key}' if key.startswith(bare) else renamed(key): value for key, value in state.items()}
     for part in ('weight', 'bias'):
-        two = state.pop(f'itm_score.fc.{part}', None)  # logits of "no" and "yes": their difference is the log odds
+        two = state.pop(f'itm_score.fc.{part}', None)  # logits of "no" and "yes"; the log odds are yes - no
         if two is not None: state.setdefault(f'rank_output.{part}', (two[1:] - two[:1]))
-    kept = {key: value for key, value in state.items() if key.startswith(('vilt.', *HEADS)) and not key.endswith(('position_ids', 'token_type_ids'))}
+    kept = {key: value for key, value in state.items()
+            if key.startswith(('vilt.', *HEADS)) and not key.endswith(('position_ids', 'token_type_ids'))}
     kept.pop('mlm_score.decoder.weight', None)  # tied to the word embeddings
     return kept
 
@@ -137,132 +166,172 @@ VILT_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 @dataclass(frozen=True)
 class Matcher:
     "A single-stream model ready to score."
-    name: str
-    model: Vilt
-    words: BertWordPieceTokenizer
-    rule: PictureRule
+    name: str  # of the checkpoint, for people
+    model: Vilt  # with its weights
+    words: BertWordPieceTokenizer  # of the checkpoint's vocabulary
+    rule: PictureRule  # of the checkpoint
     fingerprint: str  # of its folder, or of the weights it was trained to
     vocabulary: Path  # `vocab.txt`
     untrained: tuple[str, ...] = ()  # heads that the checkpoint did not have
     mixed: bool = False  # bfloat16 where torch deems it safe
 
     @property
-    def label(self) -> str: return f'{self.name}:{self.fingerprint[:12]}'
+    def label(self) -> str:
+        "Name and the start of its fingerprint."
+        return f'{self.name}:{self.fingerprint[:12]}'
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]  # of any length
+              ) -> list[list[int]]:  # ids of each text
         "Word pieces with start and end, cut at the positions that the model has (40 in ViLT)."
         self.words.enable_truncation(self.model.config.max_position_embeddings)
         return [encoded.ids for encoded in self.words.encode_batch(list(texts))]
 
-    def picture(self, pixels: torch.Tensor) -> torch.Tensor:  # (n, 3, height, width) uint8 -> the model's input
+    def picture(self, pixels: torch.Tensor  # (n, 3, height, width) uint8
+               ) -> torch.Tensor:  # of the same shape, float32, on the model's device
+        "The model's input."
         return (pixels.to(self.model.device).float()/255 - self.rule.mean)/self.rule.std
 
 # %% ../nbs/04a_single_stream.ipynb #load-vilt
-def picture_rule(folder: Path, config: ViltConfig) -> PictureRule:
+def picture_rule(folder: Path,  # of a checkpoint
+                 config: ViltConfig  # of the same checkpoint
+                ) -> PictureRule:
     "The rule that a checkpoint's folder states, the published one where it states none."
     path = folder/'preprocessor_config.json'
     stated = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    size, first = stated.get('size', config.image_size), lambda value: value[0] if isinstance(value, list) else value
-    return PictureRule(size['shortest_edge'] if isinstance(size, dict) else size, stated.get('size_divisor', config.patch_size),
+    size = stated.get('size', config.image_size)
+    first = lambda value: value[0] if isinstance(value, list) else value
+    return PictureRule(size['shortest_edge'] if isinstance(size, dict) else size,
+                       stated.get('size_divisor', config.patch_size),
                        first(stated.get('image_mean', .5)), first(stated.get('image_std', .5)))
 
-def new_vilt(config: ViltConfig, seed: int = 0) -> Vilt:
+# %% ../nbs/04a_single_stream.ipynb #new-vilt
+def new_vilt(config: ViltConfig,  # sizes of the network
+             seed: int = 0  # of the weights
+            ) -> Vilt:
     "A model that has learned nothing; torch's own random numbers go on as if it had not been made."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Vilt(config)
 
-def vilt_config(folder: Path) -> ViltConfig:
+def vilt_config(folder: Path  # of a checkpoint
+               ) -> ViltConfig:
     "Architecture stated in `folder`; raises `InputError` where it is none of ViLT."
-    try: stated = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except ValueError as error: raise InputError(f'{folder/"config.json"}: damaged ({error})') from None
-    if stated.get('model_type', 'vilt') != 'vilt': raise InputError(f'{folder/"config.json"}: a {stated["model_type"]} model; a ViLT model is wanted')
+    path = folder/'config.json'
+    try: stated = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error: raise InputError(f'{path}: damaged ({error})') from None
+    if stated.get('model_type', 'vilt') != 'vilt':
+        raise InputError(f'{path}: a {stated["model_type"]} model; a ViLT model is wanted')
     return ViltConfig.from_dict(stated)
 
-# %% ../nbs/04a_single_stream.ipynb #load-vilt-weights
-def vilt_weights(folder: Path) -> Path:
+# %% ../nbs/04a_single_stream.ipynb #vilt-weights
+def vilt_weights(folder: Path  # of a checkpoint
+                ) -> Path:
     "The file with the weights; raises `InputError` where there is none."
     for name in VILT_WEIGHTS:
         if (folder/name).is_file(): return folder/name
-    raise InputError(f'{folder}: no {" or ".join(VILT_WEIGHTS)}; the folder of a ViLT model holds {", ".join(VILT_FILES)} and the weights')
+    raise InputError(f'{folder}: no {" or ".join(VILT_WEIGHTS)}; '
+                     f'the folder of a ViLT model holds {", ".join(VILT_FILES)} and the weights')
 
-def fill(model: Vilt, state: dict[str, torch.Tensor],  # of `vilt_state`
+# %% ../nbs/04a_single_stream.ipynb #fill
+def fill(model: Vilt,  # that takes the weights
+         state: dict[str, torch.Tensor],  # of `vilt_state`
          path: Path  # named in messages
         ) -> tuple[str, ...]:  # heads the checkpoint does not have
-    "Put the weights into `model`; raises `InputError` for a gap in the network or a head, another shape, or NaN."
+    "Put the weights into `model`; raises `InputError` for a gap within a part, another shape, or NaN."
     wanted = {key: value for key, value in model.state_dict().items() if key != 'mlm_score.decoder.weight'}
     absent = tuple(head for head in HEADS if not any(key.startswith(head) for key in state))
     for key in [*wanted, *state]:
         want, got = (tuple(place[key].shape) if key in place else 'none' for place in (wanted, state))
         if want != got and not (key.startswith(absent) if absent else False):
             raise InputError(f'{path}: {key} has shape {got}, config.json makes it {want}')
-        if key in state and not torch.isfinite(state[key]).all(): raise InputError(f'{path}: {key} holds NaN or infinity')
+        if key in state and not torch.isfinite(state[key]).all():
+            raise InputError(f'{path}: {key} holds NaN or infinity')
     model.load_state_dict(state, strict=False)
     return absent
 
+# %% ../nbs/04a_single_stream.ipynb #word-pieces
+def word_pieces(folder: Path,  # of a checkpoint
+                config: ViltConfig  # of the same checkpoint
+               ) -> BertWordPieceTokenizer:
+    "BERT's tokenizer with the words in `folder`; raises `InputError` where the model has room for fewer."
+    words = BertWordPieceTokenizer(str(folder/'vocab.txt'), lowercase=True)
+    if words.get_vocab_size() > config.vocab_size:
+        raise InputError(f'{folder/"vocab.txt"}: {words.get_vocab_size()} word pieces, '
+                         f'the model has {config.vocab_size}')
+    return words
+
+# %% ../nbs/04a_single_stream.ipynb #load-vilt-weights
 def load_vilt(name: str,  # of the hub, of the package, or a folder
               weights: Path | None = None,  # folder searched first
-              device: str = 'cpu', seed: int = 0  # of the heads that lack
+              device: str = 'cpu',  # where the model goes, such as 'cpu' or 'cuda:0'
+              seed: int = 0  # of the heads that lack
              ) -> Matcher:
     "A checkpoint, complete in what it says it has; raises `InputError`."
     folder = find_model(name, weights, VILT_FILES)
-    path, model = vilt_weights(folder), new_vilt(vilt_config(folder), seed)
+    path = vilt_weights(folder)
+    model = new_vilt(vilt_config(folder), seed)
     absent = fill(model, vilt_state(read_weights(path)), path)
-    return Matcher(Path(name).name, model.to(device).eval().requires_grad_(False), word_pieces(folder, model.config),
-                   picture_rule(folder, model.config),
+    return Matcher(Path(name).name, model.to(device).eval().requires_grad_(False),
+                   word_pieces(folder, model.config), picture_rule(folder, model.config),
                    folder_fingerprint(folder), folder/'vocab.txt', absent)
 
-def untaught(matcher: Matcher, seed: int = 0) -> Matcher:
+def untaught(matcher: Matcher,  # whose architecture and words are kept
+             seed: int = 0  # of the weights
+            ) -> Matcher:
     "The same network with random weights."
     model = new_vilt(matcher.model.config, seed).to(matcher.model.device).eval().requires_grad_(False)
     return replace(matcher, name=f'{matcher.name}-scratch', model=model, fingerprint='', untrained=HEADS)
 
-# %% ../nbs/04a_single_stream.ipynb #word-pieces
-def word_pieces(folder: Path, config: ViltConfig) -> BertWordPieceTokenizer:
-    "BERT's tokenizer with the vocabulary in `folder`; raises `InputError` where it is larger than the model's."
-    words = BertWordPieceTokenizer(str(folder/'vocab.txt'), lowercase=True)
-    if words.get_vocab_size() > config.vocab_size:
-        raise InputError(f'{folder/"vocab.txt"}: {words.get_vocab_size()} word pieces, the model has {config.vocab_size}')
-    return words
-
-def save_vilt(folder: Path, matcher: Matcher,
+# %% ../nbs/04a_single_stream.ipynb #save-vilt
+def save_vilt(folder: Path,  # made where it does not exist
+              matcher: Matcher,  # to be kept
               half: bool = False  # store the weights in half precision
-             ) -> Path:
-    "Write a folder that `load_vilt` and `transformers` read, without untrained heads; returns it. The weights come last."
-    folder, side = Path(folder), {'shortest_edge': matcher.rule.shorter}
-    rule = dict(image_processor_type='ViltImageProcessor', size=side, size_divisor=matcher.rule.divisor, image_mean=[matcher.rule.mean]*3,
-                image_std=[matcher.rule.std]*3)
-    config = {**matcher.model.config.to_diff_dict(), 'model_type': 'vilt', 'architectures': ['ViltForImageAndTextRetrieval']}
-    texts = {'config.json': json.dumps(config, indent=1) + '\n', 'preprocessor_config.json': json.dumps(rule, indent=1) + '\n',
+             ) -> Path:  # `folder`
+    "Write a folder that `load_vilt` and `transformers` read, without untrained heads. The weights come last."
+    folder, rule = Path(folder), matcher.rule
+    stated = dict(image_processor_type='ViltImageProcessor', size={'shortest_edge': rule.shorter},
+                  size_divisor=rule.divisor, image_mean=[rule.mean]*3, image_std=[rule.std]*3)
+    config = {**matcher.model.config.to_diff_dict(), 'model_type': 'vilt',
+              'architectures': ['ViltForImageAndTextRetrieval']}
+    texts = {'config.json': json.dumps(config, indent=1) + '\n',
+             'preprocessor_config.json': json.dumps(stated, indent=1) + '\n',
              'vocab.txt': matcher.vocabulary.read_text(encoding='utf-8')}
     for name, text in texts.items():
         with atomic_path(folder/name) as part: part.write_text(text, encoding='utf-8', newline='\n')
     state = {key: value.detach().cpu().contiguous() for key, value in matcher.model.state_dict().items()
              if not key.startswith(('mlm_score.decoder.weight', *matcher.untrained))}
-    with atomic_path(folder/VILT_WEIGHTS[0]) as part: save_file({key: value.half() if half else value for key, value in state.items()},
-                                                                part, metadata={'format': 'pt'})
+    state = {key: value.half() if half else value for key, value in state.items()}
+    with atomic_path(folder/VILT_WEIGHTS[0]) as part: save_file(state, part, metadata={'format': 'pt'})
     return folder
 
 # %% ../nbs/04a_single_stream.ipynb #from-vit
-def start_from_vit(model: Vilt, name: str,  # ViT of `transformers` with the same sizes, such as google/vit-base-patch32-384
-                   weights: Path | None = None) -> None:
-    "Put the layers, patches and positions of an ImageNet ViT into `model`; raises `InputError` where one does not fit."
-    folder = find_model(name, weights)
-    path, own = vilt_weights(folder), model.vilt.state_dict()
+def start_from_vit(model: Vilt,  # that takes the layers
+                   name: str,  # ViT of `transformers` of the same sizes, such as google/vit-base-patch32-384
+                   weights: Path | None = None  # folder searched first
+                  ) -> None:
+    "Put layers, patches and positions of an ImageNet ViT into `model`; raises `InputError` if one is amiss."
+    path = vilt_weights(find_model(name, weights))
+    own = model.vilt.state_dict()
     state = {key.removeprefix('vit.'): value for key, value in read_weights(path).items()}
-    wanted = [key for key in own if key.startswith(('encoder.', 'layernorm.', 'embeddings.cls', 'embeddings.position', 'embeddings.patch'))]
+    shared = ('encoder.', 'layernorm.', 'embeddings.cls', 'embeddings.position', 'embeddings.patch')
+    wanted = [key for key in own if key.startswith(shared)]
     for key in wanted:
-        if key not in state or state[key].shape != own[key].shape:
-            raise InputError(f'{path}: {key} has shape {tuple(state[key].shape) if key in state else "none"}, the model wants {tuple(own[key].shape)}')
+        got = tuple(state[key].shape) if key in state else 'none'
+        if got != tuple(own[key].shape):
+            raise InputError(f'{path}: {key} has shape {got}, the model wants {tuple(own[key].shape)}')
     model.vilt.load_state_dict({key: state[key] for key in wanted}, strict=False)
 
 # %% ../nbs/04a_single_stream.ipynb #int8
-def quantised(matcher: Matcher) -> Matcher:
-    "A copy for the CPU whose transformer computes its linear layers in int8: scores change slightly; raises `InputError` where torch cannot."
+def quantised(matcher: Matcher  # to be copied
+             ) -> Matcher:  # on the CPU
+    "A copy that computes its transformer's linear layers in int8; raises `InputError` where torch cannot."
     quantize = getattr(getattr(torch, 'ao', None), 'quantization', None)
-    if not hasattr(quantize, 'quantize_dynamic'): raise InputError(f'int8: torch {torch.__version__} has no dynamic quantisation any more; score without')
+    if not hasattr(quantize, 'quantize_dynamic'):
+        raise InputError(f'int8: torch {torch.__version__} has no dynamic quantisation any more; '
+                         'score without')
     model = copy.deepcopy(matcher.model).cpu()
-    with warnings.catch_warnings(action='ignore'): model.vilt.encoder = quantize.quantize_dynamic(model.vilt.encoder, {torch.nn.Linear}, torch.qint8)
+    with warnings.catch_warnings(action='ignore'):
+        model.vilt.encoder = quantize.quantize_dynamic(model.vilt.encoder, {torch.nn.Linear}, torch.qint8)
     return replace(matcher, model=model, name=f'{matcher.name}-int8')
 
 # %% ../nbs/04a_single_stream.ipynb #units
@@ -277,93 +346,126 @@ def text_units(lengths: Sequence[int],  # words of each text
         if unit and (lengths[text] != lengths[unit[0]] or pairs + counts[text] > most):
             yield np.array(unit)
             unit, pairs = [], 0
-        unit.append(text); pairs += counts[text]
+        unit.append(text)
+        pairs += counts[text]
     if unit: yield np.array(unit)
 
+# %% ../nbs/04a_single_stream.ipynb #unit-pairs
 def unit_pairs(texts: np.ndarray,  # places, of `text_units`
                chunk: range,  # of the pool
                wanted: np.ndarray | None  # (texts, m) places in the pool, to score no others; None = all
               ) -> tuple[np.ndarray, np.ndarray]:  # text and picture of each pair, places
     "The pairs of a unit, text by text."
-    if wanted is None: return np.repeat(texts, len(chunk)), np.tile(np.arange(chunk.start, chunk.stop), len(texts))
+    if wanted is None:
+        return np.repeat(texts, len(chunk)), np.tile(np.arange(chunk.start, chunk.stop), len(texts))
     mine = wanted[texts]
     row, column = np.nonzero((mine >= chunk.start) & (mine < chunk.stop))
     return texts[row], mine[row, column]
 
 # %% ../nbs/04a_single_stream.ipynb #score-unit
-@torch.inference_mode()
-def embed_pictures(matcher: Matcher, pictures: Sequence[torch.Tensor], batch_size: int) -> list[torch.Tensor]:  # (1 + patches, dim) each
-    "Embedded patches of each picture, those of one size together."
-    found = [None]*len(pictures)
-    for size in dict.fromkeys(picture.shape for picture in pictures):
-        same = [place for place, picture in enumerate(pictures) if picture.shape == size]
-        for part in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
-            for place, embedded in zip(part, matcher.model.embed_image(matcher.picture(torch.stack([pictures[place] for place in part])))): found[place] = embedded
-    return found
-
-@torch.inference_mode()
-def score_pairs(matcher: Matcher, texts: Sequence[torch.Tensor],  # (words, dim) each, embedded
-                pictures: Sequence[torch.Tensor],  # (1 + patches, dim) each, embedded
-                batch_size: int) -> np.ndarray:  # (pairs,) float32
-    "Log odds of pairs; those of one shape go together, in the order given."
-    shapes, scores = [(len(text), len(picture)) for text, picture in zip(texts, pictures)], np.empty(len(texts), np.float32)
+def _of_one_shape(shapes: Sequence[tuple[int, ...]], most: int) -> Iterator[list[int]]:
     for shape in dict.fromkeys(shapes):
         same = [place for place, own in enumerate(shapes) if own == shape]
-        for part in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
-            x = torch.cat([torch.stack([texts[place] for place in part]), torch.stack([pictures[place] for place in part])], dim=1)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=matcher.mixed): logits = match_logits(matcher.model, x)
-            scores[part] = logits.float().cpu().numpy()
+        yield from (same[start:start + most] for start in range(0, len(same), most))
+
+@torch.inference_mode()
+def embed_pictures(matcher: Matcher,  # whose model embeds
+                   pictures: Sequence[torch.Tensor],  # (3, height, width) uint8 each
+                   batch_size: int  # pictures at a time
+                  ) -> list[torch.Tensor]:  # (1 + patches, dim) each
+    "Embedded patches of each picture, those of one size together."
+    found = [None]*len(pictures)
+    for part in _of_one_shape([picture.shape for picture in pictures], batch_size):
+        pixels = matcher.picture(torch.stack([pictures[place] for place in part]))
+        for place, embedded in zip(part, matcher.model.embed_image(pixels)): found[place] = embedded
+    return found
+
+# %% ../nbs/04a_single_stream.ipynb #score-pairs
+@torch.inference_mode()
+def score_pairs(matcher: Matcher,  # whose model scores
+                texts: Sequence[torch.Tensor],  # (words, dim) each, embedded
+                pictures: Sequence[torch.Tensor],  # (1 + patches, dim) each, embedded
+                batch_size: int  # pairs a forward pass
+               ) -> np.ndarray:  # (pairs,) float32
+    "Log odds of pairs; those of one shape go together, in the order given."
+    scores = np.empty(len(texts), np.float32)
+    shapes = [(len(text), len(picture)) for text, picture in zip(texts, pictures)]
+    for part in _of_one_shape(shapes, batch_size):
+        words = torch.stack([texts[place] for place in part])
+        x = torch.cat([words, torch.stack([pictures[place] for place in part])], dim=1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=matcher.mixed):
+            logits = match_logits(matcher.model, x)
+        scores[part] = logits.float().cpu().numpy()
     return scores
+
+# %% ../nbs/04a_single_stream.ipynb #database
+def _database(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        db = sqlite3.connect(path, timeout=60)
+        db.execute('PRAGMA journal_mode=WAL')
+        db.execute('CREATE TABLE IF NOT EXISTS units (number INTEGER PRIMARY KEY, scores BLOB)')
+        db.execute('CREATE TABLE IF NOT EXISTS lists (chunks INTEGER PRIMARY KEY, keys BLOB)')
+        db.commit()
+        return db
+    except sqlite3.Error as error:
+        raise InputError(f'{path}: no journal of scores ({error}); delete it to start anew') from None
 
 # %% ../nbs/04a_single_stream.ipynb #journal
 class Journal:
-    "Scores of finished units, and the lists after each finished chunk, in one SQLite file."
-    def __init__(self, path: Path):
+    "Scores of finished units and lists of finished chunks in SQLite; raises `InputError` for another file."
+    def __init__(self, path: Path):  # made where it does not exist
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.db = sqlite3.connect(self.path, timeout=60)
-            self.db.execute('PRAGMA journal_mode=WAL')
-            self.db.execute('CREATE TABLE IF NOT EXISTS units (number INTEGER PRIMARY KEY, scores BLOB)')
-            self.db.execute('CREATE TABLE IF NOT EXISTS lists (chunks INTEGER PRIMARY KEY, keys BLOB)')
-            self.db.commit()
-        except sqlite3.Error as error: raise InputError(f'{self.path}: no journal of scores ({error}); delete it to start anew') from None
+        self.db = _database(self.path)
 
-    def close(self) -> None: self.db.close()
+    def close(self) -> None:
+        "Let go of the file."
+        self.db.close()
 
-    def lists(self, shape: tuple[int, int]) -> tuple[int, np.ndarray]:  # chunks done, keys int64 of `newsrepro.retrieve`
+    def lists(self, shape: tuple[int, int]  # texts, k
+             ) -> tuple[int, np.ndarray]:  # chunks done, keys int64 of `newsrepro.retrieve`
         "Where to go on."
-        row = self.db.execute('SELECT chunks, keys FROM lists').fetchone()
-        return (row[0], np.frombuffer(row[1], np.int64).reshape(shape)) if row else (0, np.full(shape, np.iinfo(np.int64).min))
+        if row := self.db.execute('SELECT chunks, keys FROM lists').fetchone():
+            return row[0], np.frombuffer(row[1], np.int64).reshape(shape)
+        return 0, np.full(shape, np.iinfo(np.int64).min)
 
     def units(self) -> dict[int, np.ndarray]:  # scores by number of the unit
         "Finished units of the chunk at hand."
-        return {number: np.frombuffer(scores, np.float32) for number, scores in self.db.execute('SELECT number, scores FROM units')}
+        return {n: np.frombuffer(row, np.float32) for n, row in self.db.execute('SELECT * FROM units')}
 
-    def add(self, number: int, scores: np.ndarray) -> None:
-        with self.db: self.db.execute('INSERT OR REPLACE INTO units VALUES (?, ?)', (number, scores.tobytes()))
+    def add(self, number: int,  # of the unit
+            scores: np.ndarray  # (pairs,) float32
+           ) -> None:
+        "Keep a finished unit."
+        with self.db: self.db.execute('REPLACE INTO units VALUES (?, ?)', (number, scores.tobytes()))
 
-    def turn(self, chunks: int, keys: np.ndarray) -> None:
+    def turn(self, chunks: int,  # done
+             keys: np.ndarray  # (texts, k) int64
+            ) -> None:
         "A chunk is done: keep the lists, forget its units."
         with self.db:
-            self.db.execute('DELETE FROM units'); self.db.execute('DELETE FROM lists')
+            for table in ('units', 'lists'): self.db.execute(f'DELETE FROM {table}')
             self.db.execute('INSERT INTO lists VALUES (?, ?)', (chunks, keys.tobytes()))
 
 # %% ../nbs/04a_single_stream.ipynb #workers
 @contextmanager
-def scorers(matcher: Matcher, devices: Sequence[str]) -> Iterator[tuple[ThreadPoolExecutor, SimpleQueue]]:
-    "Threads, one a device, and the models they draw from; a CPU named several times does several units at once, a core each."
+def scorers(matcher: Matcher,  # copied to devices other than its own
+            devices: Sequence[str]  # a CPU named several times does several units at once, a core each
+           ) -> Iterator[tuple[ThreadPoolExecutor, SimpleQueue]]:  # threads, and the models they draw from
+    "Threads, one a device, with a model for each."
     models, threads = SimpleQueue(), torch.get_num_threads()
-    for device in devices:
-        here = torch.device(device) == matcher.model.device or (torch.device(device).type == matcher.model.device.type == 'cpu')
+    for device in map(torch.device, devices):
+        here = device == matcher.model.device or device.type == matcher.model.device.type == 'cpu'
         models.put(matcher if here else replace(matcher, model=copy.deepcopy(matcher.model).to(device)))
-    alone = dict(initializer=torch.set_num_threads, initargs=(1,)) if all(torch.device(device).type == 'cpu' for device in devices) else {}
+    only_cpu = all(torch.device(device).type == 'cpu' for device in devices)
+    alone = dict(initializer=torch.set_num_threads, initargs=(1,)) if only_cpu else {}
     pool = ThreadPoolExecutor(len(devices), **alone)
     try: yield pool, models
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
+# %% ../nbs/04a_single_stream.ipynb #merge
 def merge(keys: np.ndarray,  # (texts, k) int64, the best so far
           scores: np.ndarray,  # (texts, chunk) float32, -inf where a pair was not wanted
           start: int  # place of the chunk's first picture
@@ -381,112 +483,187 @@ class Effort:
     chunk: int = 256  # pictures whose patches are held in memory
     workers: int = 0  # threads that decode; 0 = one a core
 
-    def filled(self, device: torch.device) -> 'Effort':
+    def filled(self, device: torch.device  # of the model
+              ) -> 'Effort':
         "With numbers in the place of zeros; raises `InputError` for what makes no sense."
-        if min(self.batch_size, self.workers) < 0 or self.chunk < 1: raise InputError(f'batch_size={self.batch_size}, chunk={self.chunk}, workers={self.workers}: positive numbers are wanted')
-        devices = self.devices or (('cpu',)*torch.get_num_threads() if device.type == 'cpu' else (str(device),))
-        return replace(self, devices=tuple(devices), batch_size=self.batch_size or (16 if device.type == 'cpu' else 512),
+        if min(self.batch_size, self.workers) < 0 or self.chunk < 1:
+            raise InputError(f'batch_size={self.batch_size}, chunk={self.chunk}, workers={self.workers}: '
+                             'positive numbers are wanted')
+        on_cpu = device.type == 'cpu'
+        devices = self.devices or (('cpu',)*torch.get_num_threads() if on_cpu else (str(device),))
+        return replace(self, devices=tuple(devices), batch_size=self.batch_size or (16 if on_cpu else 512),
                        workers=self.workers or os.cpu_count())
 
-def refuse(matcher: Matcher, texts: Sequence, pictures: Sequence, k: int, wanted: np.ndarray | None) -> None:
+# %% ../nbs/04a_single_stream.ipynb #refuse
+def refuse(matcher: Matcher,  # needs a trained matching head
+           texts: Sequence,  # at least one
+           pictures: Sequence,  # the pool, at least one
+           k: int,  # length of the lists
+           wanted: np.ndarray | None  # (texts, m) places in the pool; None = all
+          ) -> None:
     "Raise `InputError` for what cannot be scored."
-    if 'rank_output' in matcher.untrained: raise InputError(f'{matcher.name}: the checkpoint has no matching head; train one, or take a checkpoint that has it')
+    if 'rank_output' in matcher.untrained:
+        raise InputError(f'{matcher.name}: the checkpoint has no matching head; '
+                         'train one, or take a checkpoint that has it')
     if not texts: raise InputError('no texts to score')
     if not pictures: raise InputError('no pictures to score: the pool is empty')
     if wanted is None: return check_k(k, len(pictures))
-    if wanted.ndim != 2 or len(wanted) != len(texts): raise InputError(f'candidates of shape {wanted.shape}: one row for each of {len(texts)} texts is wanted')
-    if wanted.size and (wanted.min() < 0 or wanted.max() >= len(pictures)): raise InputError(f'candidates name place {wanted.max() if wanted.max() >= len(pictures) else wanted.min()} of a pool of {len(pictures)}')
+    if wanted.ndim != 2 or len(wanted) != len(texts):
+        raise InputError(f'candidates of shape {wanted.shape}: '
+                         f'one row for each of {len(texts)} texts is wanted')
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= len(pictures)):
+        place = wanted.max() if wanted.max() >= len(pictures) else wanted.min()
+        raise InputError(f'candidates name place {place} of a pool of {len(pictures)}')
     twice = np.flatnonzero((np.diff(np.sort(wanted, axis=1)) == 0).any(1))
     if len(twice): raise InputError(f'candidates of text {twice[0]}: a place occurs twice')
     check_k(k, wanted.shape[1])
 
 # %% ../nbs/04a_single_stream.ipynb #score-chunk
-def score_chunk(matcher: Matcher, ids: list[list[int]], chunk: range, loaded: list[torch.Tensor], wanted: np.ndarray | None,
-                kept: Journal, crew: tuple, effort: Effort, bar: tqdm) -> np.ndarray:  # (texts, chunk) float32, -inf where not wanted
+def _units(ids: list[list[int]], chunk: range, wanted: np.ndarray | None, most: int
+          ) -> list[tuple[np.ndarray, np.ndarray]]:
+    inside = None if wanted is None else (wanted >= chunk.start) & (wanted < chunk.stop)
+    counts = [len(chunk)]*len(ids) if wanted is None else inside.sum(1)
+    return [unit_pairs(texts, chunk, wanted) for texts in text_units([len(row) for row in ids], counts, most)]
+
+def _work(models: SimpleQueue, ids: list[list[int]], pairs: tuple[np.ndarray, np.ndarray],
+          patches: Sequence[torch.Tensor], start: int, batch_size: int) -> np.ndarray:
+    mine, (rows, columns) = models.get(), pairs
+    try:
+        device, own = mine.model.device, np.unique(rows)
+        with torch.inference_mode():
+            words = torch.tensor([ids[row] for row in own], device=device)
+            known = dict(zip(own, mine.model.embed_text(words)))
+        return score_pairs(mine, [known[row] for row in rows],
+                           [patches[place - start].to(device) for place in columns], batch_size)
+    finally: models.put(mine)
+
+# %% ../nbs/04a_single_stream.ipynb #score-chunk-all
+def score_chunk(matcher: Matcher,  # embeds the pictures
+                ids: list[list[int]],  # word pieces of each text
+                chunk: range,  # of the pool
+                loaded: list[torch.Tensor],  # the chunk's pictures, (3, height, width) uint8 each
+                wanted: np.ndarray | None,  # (texts, m) places in the pool; None = all
+                kept: Journal,  # of finished units
+                crew: tuple[ThreadPoolExecutor, SimpleQueue],  # as `scorers` gives it
+                effort: Effort,  # filled
+                bar: tqdm  # of the pairs done
+               ) -> np.ndarray:  # (texts, chunk) float32, -inf where not wanted
     "Scores of a chunk of the pool: finished units come from the journal, the others go to the crew."
-    with threads_for(matcher.model): (pool, models), finished, patches = crew, kept.units(), embed_pictures(matcher, loaded, effort.batch_size)
-    counts = [len(chunk)]*len(ids) if wanted is None else ((wanted >= chunk.start) & (wanted < chunk.stop)).sum(1)
-    units = [unit_pairs(texts, chunk, wanted) for texts in text_units([len(row) for row in ids], counts, 16*effort.batch_size)]
-    def work(number: int) -> np.ndarray:
-        mine = models.get()
-        try:
-            rows, columns = units[number]
-            with torch.inference_mode():
-                known = dict(zip(own := np.unique(rows), mine.model.embed_text(torch.tensor([ids[row] for row in own], device=mine.model.device))))
-            return score_pairs(mine, [known[row] for row in rows],
-                               [patches[place - chunk.start].to(mine.model.device) for place in columns], effort.batch_size)
-        finally: models.put(mine)
+    pool, models = crew
+    finished = kept.units()
+    with threads_for(matcher.model): patches = embed_pictures(matcher, loaded, effort.batch_size)
+    units = _units(ids, chunk, wanted, 16*effort.batch_size)
     scores = np.full((len(ids), len(chunk)), -np.inf, np.float32)
-    jobs = {pool.submit(work, number): number for number in range(len(units)) if number not in finished}
-    if not bar.disable: bar.initial += (before := sum(map(len, finished.values()))); bar.update(before)  # no speed of this run
+    jobs = {pool.submit(_work, models, ids, pairs, patches, chunk.start, effort.batch_size): number
+            for number, pairs in enumerate(units) if number not in finished}
+    if not bar.disable:
+        bar.initial += (before := sum(map(len, finished.values())))  # no speed of this run
+        bar.update(before)
     for job in as_completed(jobs):
-        kept.add(jobs[job], finished.setdefault(jobs[job], job.result()))
-        bar.update(len(finished[jobs[job]]))
+        finished[jobs[job]] = job.result()
+        kept.add(jobs[job], job.result())
+        bar.update(len(job.result()))
     for number, found in finished.items():
         rows, columns = units[number]
         scores[rows, columns - chunk.start] = found
     return scores
 
 # %% ../nbs/04a_single_stream.ipynb #rank
-def rank_pairs(matcher: Matcher, texts: Sequence[str],
+def _bar(pairs: tuple[int, int], behind: int, wanted: np.ndarray | None, progress: bool) -> tqdm:
+    texts, pool = pairs
+    total = texts*pool if wanted is None else wanted.size
+    past = texts*behind if wanted is None else int((wanted < behind).sum())
+    return tqdm(total=total, initial=past, unit='pair', disable=not progress, mininterval=2, smoothing=.1)
+
+def _chunks(pool: int, size: int) -> list[range]:
+    return [range(start, min(start + size, pool)) for start in range(0, pool, size)]
+
+# %% ../nbs/04a_single_stream.ipynb #rank-pairs
+def rank_pairs(matcher: Matcher,  # with a trained matching head
+               texts: Sequence[str],  # at least one
                pictures: Sequence[str | Path],  # the pool
                k: int = 100,  # length of the lists
-               wanted: np.ndarray | None = None,  # (texts, m) places in the pool: score these pairs only; None = all
-               journal: Path | None = None,  # file that keeps what is done; of this very call, see `journal_name`
-               effort: Effort = Effort(), progress: bool = False
+               wanted: np.ndarray | None = None,  # (texts, m) places in the pool to score; None = all
+               journal: Path | None = None,  # keeps what is done of this very call, see `journal_name`
+               effort: Effort = Effort(),  # how the work is split
+               progress: bool = False  # show a bar
               ) -> tuple[np.ndarray, np.ndarray]:  # log odds float32 and places int64, (texts, k), best first
     "The `k` best pictures of each text by the matching head; raises `InputError`."
     refuse(matcher, texts, pictures, k, wanted)
-    effort, ids = effort.filled(matcher.model.device), matcher.tokens(texts)
-    with closing(Journal(journal or ':memory:')) as kept, ThreadPoolExecutor(effort.workers) as decoders, scorers(matcher, effort.devices) as crew:
+    effort = effort.filled(matcher.model.device)
+    ids, chunks = matcher.tokens(texts), _chunks(len(pictures), effort.chunk)
+    with closing(Journal(journal or ':memory:')) as kept, ThreadPoolExecutor(effort.workers) as decoders:
         done, keys = kept.lists((len(texts), k))
-        chunks = [range(start, min(start + effort.chunk, len(pictures))) for start in range(0, len(pictures), effort.chunk)]
-        decode = lambda chunk: [decoders.submit(load_picture, pictures[place], matcher.rule) for place in chunk]
-        coming = decode(chunks[done]) if done < len(chunks) else []
-        behind = sum(map(len, chunks[:done]))
-        total, past = (len(texts)*len(pictures), len(texts)*behind) if wanted is None else (wanted.size, int((wanted < behind).sum()))
-        with tqdm(total=total, initial=past, unit='pair', disable=not progress, mininterval=2, smoothing=.1) as bar:
+        decode = lambda number: [decoders.submit(load_picture, pictures[place], matcher.rule)
+                                 for chunk in chunks[number:number + 1] for place in chunk]
+        coming, behind = decode(done), sum(map(len, chunks[:done]))
+        bar = _bar((len(texts), len(pictures)), behind, wanted, progress)
+        with scorers(matcher, effort.devices) as crew, bar:
             for number in range(done, len(chunks)):
-                loaded, coming = [job.result() for job in coming], decode(chunks[number + 1]) if number + 1 < len(chunks) else []
-                keys = merge(keys, score_chunk(matcher, ids, chunks[number], loaded, wanted, kept, crew, effort, bar), chunks[number].start)
+                loaded = [job.result() for job in coming]
+                coming = decode(number + 1)
+                found = score_chunk(matcher, ids, chunks[number], loaded, wanted, kept, crew, effort, bar)
+                keys = merge(keys, found, chunks[number].start)
                 kept.turn(number + 1, keys)
     scores, places = from_keys(torch.from_numpy(np.array(keys)))
     return scores.numpy(), places.numpy()
 
 # %% ../nbs/04a_single_stream.ipynb #candidates
-def candidates(text_ids: Sequence[str], proposed: dict[str, list[str]], place_of: dict[str, int]) -> np.ndarray:  # (texts, m) places in the pool
-    "What is proposed for each text; raises `InputError` for an id that is not in the pool, and for lists of different lengths."
+def candidates(text_ids: Sequence[str],  # rows of the result
+               proposed: dict[str, list[str]],  # text id -> picture ids
+               place_of: dict[str, int]  # picture id -> place in the pool
+              ) -> np.ndarray:  # (texts, m) places in the pool
+    "What is proposed for each text; raises `InputError` for an id outside the pool, or unequal lengths."
     lists = [proposed.get(text, []) for text in text_ids]
     for text, own in zip(text_ids, lists):
-        if unknown := [name for name in own if name not in place_of]: raise InputError(f'{unknown[0]!r}, proposed for {text!r}, is not in the pool')
-        if not len(own) == len(lists[0]) > 0: raise InputError(f'{text!r}: {len(own)} candidates, {text_ids[0]!r} has {len(lists[0])}; as many for each text are wanted')
+        if unknown := [name for name in own if name not in place_of]:
+            raise InputError(f'{unknown[0]!r}, proposed for {text!r}, is not in the pool')
+        if not len(own) == len(lists[0]) > 0:
+            raise InputError(f'{text!r}: {len(own)} candidates, {text_ids[0]!r} has {len(lists[0])}; '
+                             'as many for each text are wanted')
     return np.array([[place_of[name] for name in own] for own in lists])
 
-# %% ../nbs/04a_single_stream.ipynb #matched-lists
-def journal_name(matcher: Matcher, texts: Sequence[str], pictures: Sequence[str | Path], k: int, wanted: np.ndarray | None,
-                 effort: Effort) -> str:
+# %% ../nbs/04a_single_stream.ipynb #journal-name
+def journal_name(matcher: Matcher,  # its weights count, to the bit
+                 texts: Sequence[str],  # as for `rank_pairs`
+                 pictures: Sequence[str | Path],  # their bytes count
+                 k: int,  # length of the lists
+                 wanted: np.ndarray | None,  # (texts, m) places in the pool; None = all
+                 effort: Effort  # filled
+                ) -> str:  # of a file
     "A name for the results of one call of `rank_pairs`."
-    total = hashlib.sha256(json.dumps([matcher.label, matcher.mixed, torch.__version__, list(texts), k, effort.batch_size, effort.chunk,
-                                       len(effort.devices),
-                                       sorted({torch.device(device).type for device in effort.devices})]).encode())
+    kinds = sorted({torch.device(device).type for device in effort.devices})
+    facts = [matcher.label, matcher.mixed, torch.__version__, list(texts), k, effort.batch_size, effort.chunk,
+             len(effort.devices), kinds]
+    total = hashlib.sha256(json.dumps(facts).encode())
     for value in matcher.model.state_dict().values():
         if isinstance(value, torch.Tensor): total.update(value.detach().cpu().contiguous().numpy().tobytes())
     for path in pictures: total.update(hashlib.sha256(Path(path).read_bytes()).digest())
     if wanted is not None: total.update(np.ascontiguousarray(wanted, dtype=np.int64).tobytes())
     return f'{total.hexdigest()[:24]}.sqlite'
 
-def matched_lists(matcher: Matcher, text_ids: Sequence[str], texts: Sequence[str], picture_ids: Sequence[str],
-                  pictures: Sequence[str | Path], k: int = 100,
-                  proposed: dict[str, list[str]] | None = None,  # text id -> picture ids to choose from; None = the whole pool
-                  folder: Path | None = None,  # of journals
-                  effort: Effort = Effort(), progress: bool = False) -> dict[str, list[str]]:  # text id -> picture ids, best first
+# %% ../nbs/04a_single_stream.ipynb #matched-lists
+def matched_lists(matcher: Matcher,  # with a trained matching head
+                  text_ids: Sequence[str],  # as many as texts
+                  texts: Sequence[str],  # at least one
+                  picture_ids: Sequence[str],  # as many as pictures
+                  pictures: Sequence[str | Path],  # the pool
+                  k: int = 100,  # length of the lists
+                  proposed: dict[str, list[str]] | None = None,  # text id -> picture ids; None = all
+                  folder: Path | None = None,  # of journals; None = nothing is kept
+                  effort: Effort = Effort(),  # how the work is split
+                  progress: bool = False  # show a bar
+                 ) -> dict[str, list[str]]:  # text id -> picture ids, best first
     "`rank_pairs` with ids; a smaller pool is listed whole; raises `InputError`."
-    if len(text_ids) != len(texts) or len(picture_ids) != len(pictures): raise InputError('as many ids as texts, and as pictures, are needed')
+    if len(text_ids) != len(texts) or len(picture_ids) != len(pictures):
+        raise InputError('as many ids as texts, and as pictures, are needed')
     order = tie_order(picture_ids)
-    names, paths = np.asarray(picture_ids, dtype=object)[order], [pictures[place] for place in order]
-    wanted = None if proposed is None else candidates(text_ids, proposed, {name: place for place, name in enumerate(names)})
-    k, effort = min(k, len(names) if wanted is None else wanted.shape[1]), effort.filled(matcher.model.device)
+    names = np.asarray(picture_ids, dtype=object)[order]
+    paths = [pictures[place] for place in order]
+    place_of = {name: place for place, name in enumerate(names)}
+    wanted = None if proposed is None else candidates(text_ids, proposed, place_of)
+    k = min(k, len(names) if wanted is None else wanted.shape[1])
+    effort = effort.filled(matcher.model.device)
     journal = folder and Path(folder)/journal_name(matcher, texts, paths, k, wanted, effort)
-    return {text: names[row].tolist() for text, row in zip(text_ids,
-                                                           rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort,
-                                                                      progress)[1])}
+    _, places = rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort, progress)
+    return {text: names[row].tolist() for text, row in zip(text_ids, places)}

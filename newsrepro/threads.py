@@ -18,32 +18,39 @@ from .core import InputError
 # %% ../nbs/00a_threads.ipynb #threads-for
 SMALL = 5_000_000  # parameters
 
-def is_small(parameters: float, device: str) -> bool:
+def is_small(parameters: float,  # of the model
+             device: str  # where it runs, such as 'cpu' or 'cuda:0'
+            ) -> bool:
     "Whether a model runs best in one thread of the CPU."
     return parameters < SMALL and torch.device(device).type == 'cpu'
 
-def small_model(model: torch.nn.Module) -> bool:
+def small_model(model: torch.nn.Module  # with at least one parameter
+               ) -> bool:
     "Whether `model` runs best in one thread of the CPU."
     return is_small(sum(p.numel() for p in model.parameters()), next(model.parameters()).device)
 
 @contextmanager
-def threads_for(model: torch.nn.Module) -> Iterator[None]:
+def threads_for(model: torch.nn.Module  # that is run inside
+               ) -> Iterator[None]:
     "Inside, torch works in one thread where `model` is small and on the CPU."
     threads = torch.get_num_threads()
     if small_model(model): torch.set_num_threads(1)
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/00a_threads.ipynb #side-by-side
-def at_once(model: torch.nn.Module) -> int:
-    "How many trainings of models like this to run side by side: one a thread where it is small, on the CPU and without dropout, else one."
-    draws = any(type(module).__name__.endswith('Dropout') and getattr(module, 'p', 1) for module in model.modules())
+# %% ../nbs/00a_threads.ipynb #at-once
+def at_once(model: torch.nn.Module  # one like those to be trained
+           ) -> int:  # 1 or more
+    "How many such trainings to run side by side: one a thread if small, on the CPU and without dropout, else one."
+    draws = any(type(module).__name__.endswith('Dropout') and getattr(module, 'p', 1)
+                for module in model.modules())
     return torch.get_num_threads() if small_model(model) and not draws else 1
 
-def side_by_side(jobs: Sequence[Callable[[], Any]],
+# %% ../nbs/00a_threads.ipynb #side-by-side
+def side_by_side(jobs: Sequence[Callable[[], Any]],  # each called once
                  workers: int = 1  # that run at the same time; 1 = in turn, with all threads
                 ) -> list:  # what they returned, in order
-    "Run `jobs` at the same time in threads; of those that fail, the first one's error is raised, and what has not begun is left."
+    "Run `jobs` in threads; the first of those that fail raises its error, and what has not begun is left."
     if workers < 1: raise InputError(f'workers={workers}: 1 or more')
     if workers == 1: return [job() for job in jobs]
     threads = torch.get_num_threads()
