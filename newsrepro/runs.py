@@ -10,6 +10,7 @@ __all__ = ['DEPTH', 'obfuscate', 'deobfuscate', 'write_run', 'Ranking', 'read_ra
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def _rankings(
     reader = csv.reader(io.StringIO(_read_text(path), newline=''), delimiter='\t', strict=True)
     try:
         for fields in reader:
-            article, *images = [f.strip() for f in fields] or ['']
+            article, *images = [unicodedata.normalize('NFC', f.strip()) for f in fields] or ['']
             while images and not images[-1]: images.pop()
             if (article or images) and not _is_header(article): rankings.append(Ranking(line, article, tuple(images[:depth])))
             line = reader.line_num + 1
@@ -160,7 +161,7 @@ def _column(
     columns = {c.lower(): c for c in reversed(table.columns)}
     name = next((columns[n] for n in names if n in columns), None)
     if name is None: raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {", ".join(table.columns) or "none"}')
-    return table[name].str.strip()
+    return table[name].str.strip().str.normalize('NFC')  # as `read_collection` has its ids
 
 def _truth_of_table(
     table: pd.DataFrame,  # text columns, as from `read_table`
@@ -180,7 +181,7 @@ def _truth_of_table(
 def _truth_of_folder(
     path: Path,  # folder of a collection
 ) -> Truth:
-    c = read_collection(path)
+    c = read_collection(path, split_plain=False)  # all that a plain table without a split knows is truth
     if 'test' in set(c.pairs.split): c = c.subset(split='test')
     names = c.pairs.dataset.unique()
     if len(names) == 0: raise InputError(f'{path}: names no image for any of its articles, so it holds no truth')
