@@ -761,10 +761,10 @@ def write_captions(root: Path,  # folder to write into
     "Write the captioned corpus in the plain layout into `root`; returns the drawing jobs."
     rows, jobs = [], []
     for i, (text, lang, line, picture, use) in enumerate(captioned(world, seed)):
-        rows += [[f'c{i:05d}{mark}', words, lang, f'p{i:05d}']
+        rows += [[f'c{i:05d}{mark}', words, lang, f'p{i:05d}', 'train']
                  for mark, words in (('', text), ('-press', line)) if words]
         jobs.append((root/'images'/f'p{i:05d}.jpg', picture, use))
-    _write_table(root/'captions.csv', ['article_id', 'title', 'lang', 'image_id'], rows, delimiter=',')
+    _write_table(root/'captions.csv', ['article_id', 'title', 'lang', 'image_id', 'split'], rows, delimiter=',')
     return jobs
 
 def caption_texts(root: str | Path  # what `make_mini` returned

@@ -10,6 +10,7 @@ __all__ = ['DEPTH', 'obfuscate', 'deobfuscate', 'write_run', 'Ranking', 'read_ra
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def _rankings(
     reader = csv.reader(io.StringIO(_read_text(path), newline=''), delimiter='\t', strict=True)
     try:
         for fields in reader:
-            article, *images = [f.strip() for f in fields] or ['']
+            article, *images = [unicodedata.normalize('NFC', f.strip()) for f in fields] or ['']
             while images and not images[-1]: images.pop()
             is_list = (article or images) and not _is_header(article)
             if is_list: rankings.append(Ranking(line, article, tuple(images[:depth])))
@@ -170,7 +171,7 @@ def _column(
     if name is None:
         there = ', '.join(table.columns) or 'none'
         raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {there}')
-    return table[name].str.strip()
+    return table[name].str.strip().str.normalize('NFC')  # as `read_collection` has its ids
 
 def _truth_of_table(
     table: pd.DataFrame,  # text columns, as from `read_table`
@@ -192,7 +193,7 @@ def _truth_of_table(
 def _truth_of_folder(
     path: Path,  # folder of a collection
 ) -> Truth:
-    c = read_collection(path)
+    c = read_collection(path, split_plain=False)  # all that a plain table without a split knows is truth
     if 'test' in set(c.pairs.split): c = c.subset(split='test')
     names = c.pairs.dataset.unique()
     if len(names) == 0:
