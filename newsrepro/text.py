@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LANGUAGES', 'SELECTIONS', 'detect_languages', 'paragraphs', 'sentences', 'TranslationMemory', 'write_translations',
            'read_translations', 'load_marian', 'folder_fingerprint', 'length_batches', 'windows', 'translate_batches',
-           'MarianTranslator', 'TableTranslator', 'find_translator', 'languages_of', 'english', 'first_sentences',
-           'select', 'token_loss', 'wordpiece_counter']
+           'longest_input', 'may_exceed', 'tell_cut', 'MarianTranslator', 'TableTranslator', 'find_translator',
+           'languages_of', 'english', 'first_sentences', 'select', 'token_loss', 'wordpiece_counter']
 
 # %% ../nbs/01_text.ipynb #imports
 import csv, hashlib, re, sqlite3, warnings
@@ -203,6 +203,28 @@ def translate_batches(model,  # of `load_marian`
         told = tokenizer.batch_decode(own, skip_special_tokens=True)
         yield {texts[i]: text for i, text in zip(batch, told)}
 
+# %% ../nbs/01_text.ipynb #longest-input
+def longest_input(folder: Path  # of a Marian model
+                 ) -> int:
+    "Tokens of the longest input, the end token left out; raises `InputError` where config.json does not say."
+    places = (read_json(folder/'config.json') or {}).get('max_position_embeddings')
+    if isinstance(places, int): return places - 1
+    raise InputError(f'{folder}: corrupt or no Marian model (config.json)')
+
+def may_exceed(text: str,  # any text
+               tokens: int  # of the longest input
+              ) -> bool:
+    "Whether `text` may have more tokens: each is a character or more, in compatible form; one is the start's."
+    return len(normalize('NFKC', text)) >= tokens
+
+def tell_cut(name: str,  # of the translator
+             cut: Sequence[str],  # words that are longer than that
+             tokens: int  # of the longest input
+            ) -> None:
+    "Warn of words of which only the beginning is read."
+    said = f'words of more than {tokens} tokens, read only so far: {len(cut)}'
+    if cut: warnings.warn(f'{name}: {said}; the first is {cut[0][:40]}…', stacklevel=3)
+
 # %% ../nbs/01_text.ipynb #marian-translator
 _LETTER = re.compile(r'[^\W\d_]')
 
@@ -223,28 +245,13 @@ class MarianTranslator:
         return model.to(self.device), tokenizer
 
     @cached_property
-    def longest(self) -> int:
-        "Tokens of the longest input, the end token left out."
-        places = (read_json(self.folder/'config.json') or {}).get('max_position_embeddings')
-        if not isinstance(places, int):
-            raise InputError(f'{self.folder}: corrupt or no Marian model (config.json)')
-        return places - 1
+    def longest(self) -> int: return longest_input(self.folder)
     def count(self, text: str) -> int: return len(self.marian[1].tokenize(text))
 
     def pieces(self, sentence: str  # in German
               ) -> list[str]:
         "`sentence` itself, or its windows where it has more tokens than the model has positions."
-        # a token is one character or more, in compatible form; one stands for the start of the sentence
-        if len(normalize('NFKC', sentence)) < self.longest: return [sentence]
-        return windows(sentence, self.count, self.longest)
-
-    def tell_cut(self, pieces: Iterable[str]  # of `pieces`
-                ) -> None:
-        "Warn of the words that are longer than what the model reads."
-        suspects = (piece for piece in pieces if len(normalize('NFKC', piece)) >= self.longest)
-        if cut := [piece for piece in suspects if self.count(piece) > self.longest]:
-            said = f'words of more than {self.longest} tokens, read only so far: {len(cut)}'
-            warnings.warn(f'{self.name}: {said}; the first is {cut[0][:40]}…', stacklevel=3)
+        return windows(sentence, self.count, self.longest) if may_exceed(sentence, self.longest) else [sentence]
 
     def __call__(self, texts: Sequence[str],  # in German
                  progress: bool = False  # show a bar
@@ -256,7 +263,8 @@ class MarianTranslator:
         parts = {text: [[piece for sentence in sentences(part, 'de') for piece in self.pieces(sentence)]
                         for part in paragraphs(text)] for text in texts if text not in known}
         wanted = list(dict.fromkeys(piece for text in parts.values() for part in text for piece in part))
-        self.tell_cut(wanted)
+        suspects = (piece for piece in wanted if may_exceed(piece, self.longest))
+        tell_cut(self.name, [piece for piece in suspects if self.count(piece) > self.longest], self.longest)
         known |= self.memory.find(self.label, wanted)
         known |= {piece: piece for piece in wanted if not _LETTER.search(piece)}
         lacking = [piece for piece in wanted if piece not in known]
