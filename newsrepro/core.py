@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'MINI_DIR', 'InputError', 'atomic_path', 'read_json', 'wri
            'notebooks_dir', 'reference_dir', 'cache_dir', 'source_commit', 'package_version']
 
 # %% ../nbs/00_core.ipynb #imports
-import hashlib, json, os, shutil, subprocess, tempfile, uuid
+import errno, hashlib, json, os, shutil, subprocess, tempfile, uuid
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -30,7 +30,9 @@ def atomic_path(
     "Yield a temporary path beside `path`, with its suffix; rename it to `path` on success and remove it on error."
     path = Path(path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f'{path}: cannot be written: {e.strerror}') from e
+    except OSError as e:
+        if e.errno == errno.ENOSPC: raise  # a full disk is no bad input
+        raise InputError(f'{path}: cannot be written: {e.strerror}') from e
     temporary = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}')
     try:
         yield temporary

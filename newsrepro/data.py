@@ -130,6 +130,23 @@ def _could_be_rows(
     fewest = 2 if delimiter == '\t' or fields < columns else columns # prose holds commas, but no tabs
     return all(fewest <= len(o) <= columns and _begins_like(lines[0][0], o[0]) for o in lines[1:]) and len(lines[0]) >= fewest
 
+# %% ../nbs/00_data.ipynb #check-row
+def _refuse_open(
+    place: str # file and line
+):
+    raise InputError(f'{place}: a quote is opened and never closed')
+
+def _check_row(
+    place: str, # file and line
+    fields: list[str], # of one row
+    header: list[str], # column names
+    stands_open: bool, # whether a field begins with a quote that does not close
+    delimiter: str # tab, comma or semicolon
+):
+    "Raises `InputError` for a row that cannot be right."
+    if stands_open and (delimiter != '\t' or len(fields) != len(header)): _refuse_open(place)
+    if any(fields[len(header):]): raise InputError(f'{place}: {len(fields)} fields, but {len(header)} columns')
+
 # %% ../nbs/00_data.ipynb #parse
 def _delimiter(
     head: str # first line of a table
@@ -163,22 +180,6 @@ def _parse(
         start = stop + (2 if text.startswith('\r\n', stop) else 1)
         line += more + 1
     return header or [], rows, lone
-
-def _refuse_open(
-    place: str # file and line
-):
-    raise InputError(f'{place}: a quote is opened and never closed')
-
-def _check_row(
-    place: str, # file and line
-    fields: list[str], # of one row
-    header: list[str], # column names
-    stands_open: bool, # whether a field begins with a quote that does not close
-    delimiter: str # tab, comma or semicolon
-):
-    "Raises `InputError` for a row that cannot be right."
-    if stands_open and (delimiter != '\t' or len(fields) != len(header)): _refuse_open(place)
-    if any(fields[len(header):]): raise InputError(f'{place}: {len(fields)} fields, but {len(header)} columns')
 
 # %% ../nbs/00_data.ipynb #read-parquet
 def _text_of(
@@ -271,7 +272,7 @@ def parse_dates(
     in_range = dates.dt.year.between(1678, 2261) # what datetime64[ns] holds
     return dates.where(in_range).dt.tz_localize(None).astype('datetime64[ns]')
 
-# %% ../nbs/00_data.ipynb #inspect-picture
+# %% ../nbs/00_data.ipynb #picture-limits
 # pixel formats only: Pillow hands others to outside programs
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM')
 PICTURE_SUFFIXES = set('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm'.split())
@@ -286,6 +287,7 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 class ExtremeShape(Image.DecompressionBombError):
     "A picture so long and narrow that resizing it takes the memory of a decompression bomb."
 
+# %% ../nbs/00_data.ipynb #decode-whole
 def _open(
     source: str|Path|io.BytesIO, # image file
     max_pixels: int # width times height
@@ -310,6 +312,7 @@ def decode_whole(
     image.load()
     return image.format, *size
 
+# %% ../nbs/00_data.ipynb #inspect-picture
 def _why(
     error: Exception # of Pillow
 ) -> str: # without what differs from file to file
@@ -626,7 +629,7 @@ def _refuse_duplicates(
         first = rows[(rows[keys] == row[keys]).all(axis=1)].iloc[0]
         raise InputError(f'{row.place}: {what} {row[keys[-1]]} was given before, at {first.place}')
 
-# %% ../nbs/00_data.ipynb #collect
+# %% ../nbs/00_data.ipynb #pool-order
 def _pool_order(
     images: pd.DataFrame # with a column image_id
 ) -> pd.DataFrame: # the same rows
@@ -634,6 +637,7 @@ def _pool_order(
     digests = lambda ids: ids.map(lambda i: hashlib.sha256(i.encode()).hexdigest())
     return images.sort_values('image_id', key=digests, kind='stable').reset_index(drop=True)
 
+# %% ../nbs/00_data.ipynb #account-for-folders
 def _account_for_folders(
     root: Path, # folder that was read
     images: pd.DataFrame # of all pools, with columns folder, image_id, file
@@ -653,6 +657,7 @@ def _say_broken(
     lines = [f'images broken, why: {why}: {n} ({_some(broken.image_id[broken.reason == why])})' for why, n in reasons[:5].items()]
     return lines + [f'images broken, why: {len(reasons) - 5} other reasons: {reasons[5:].sum()}'] * (len(reasons) > 5)
 
+# %% ../nbs/00_data.ipynb #collect
 def _collect(
     root: Path, # folder that was read
     layout: str, # as `Collection.layout`
@@ -739,13 +744,14 @@ def _join_truth(
         problems += [f'{dataset}: {what}: {n}' for what, n in beyond.items() if n]
     return pd.concat([rest, unlisted]).drop(columns='role'), images.drop(columns='role'), problems
 
-# %% ../nbs/00_data.ipynb #official
+# %% ../nbs/00_data.ipynb #real-id
 def _real_id(
     article_id: str # ten digits, the first of them 1
 ) -> str: # nine digits
     "The article id behind an obfuscated one of the 2021 test."
     return article_id[6:] + article_id[1:6]
 
+# %% ../nbs/00_data.ipynb #table-account
 def _account_for_table(
     table: pd.DataFrame, # standard columns
     blank: int, # rows that were dropped as blank
@@ -770,6 +776,7 @@ def _move_joined(
         accounts[table]['joined'] += int(n)
         accounts[table]['articles'] -= int(n)
 
+# %% ../nbs/00_data.ipynb #official
 def _read_official(
     root: Path, # of the collection
     paths: list[Path] # its official tables

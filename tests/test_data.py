@@ -82,7 +82,7 @@ def test_blank_rows_short_rows_and_unnamed_columns(tmp_path):
 
 @pytest.mark.parametrize('raw, contains', [
     (b'a\tb\n1\t\x81\n', ['line 2', '0x81']), (b'a\tb\n1\t2\t3\n', ['line 2', '3 fields']), (b'a\ta\n', ["'a' occurs twice"]),
-    (b'a\tb\n1\t"x\n2\ty\n', ['line 2', 'quote']), (b'\x89PNG\0\0', ['not a text table']), (b'\xff\xfea', ['UTF-16'])])
+    (b'a\tb\n1\t"x\ny\n', ['line 2', 'quote']), (b'\x89PNG\0\0', ['not a text table']), (b'\xff\xfea', ['UTF-16'])])
 def test_tables_that_are_refused(tmp_path, raw, contains):
     (tmp_path/'a.tsv').write_bytes(raw)
     raises([str(tmp_path/'a.tsv'), *contains], read_table, tmp_path/'a.tsv')
@@ -317,8 +317,11 @@ def test_every_fault_of_a_picture_is_named_and_counted(plain):
     rest, dropped = c.usable()
     assert rest.articles.article_id.tolist() == ['0', '1'] and len(rest.truth) == 12
     assert dropped == {f'{what}{o}': n for what in ('articles: image ', 'images: ') for o, n in dict(broken=4, missing=2, outside=3, oversized=1).items()}
-    counts = check_data(plain)['splits']['train']
-    assert [counts[f'{o}_image'] for o in ('with', 'missing', 'broken', 'oversized', 'outside')] == [2, 2, 4, 1, 3]
+    splits = check_data(plain)['splits']  # the later one of two usable pictures is the test
+    for split, counts in dict(train=[1, 2, 4, 1, 0, 3], test=[1, 0, 0, 0, 0, 0]).items():
+        assert [splits[split][f'{o}_image'] for o in ('with', 'missing', 'broken', 'oversized', 'extreme', 'outside')] == counts
+    for why in ('an empty file: 1 (empty)', 'not a file: 1 (folder)', 'not a picture, or of a format that is not read here: 1 (page)',
+                'image file is truncated: 1 (half)'): assert f'images broken, why: {why}' in c.problems
     assert open_image(c.images.set_index('image_id').path['other']).getpixel((0, 0)) == (0, 0, 255)
 
 def test_links_to_a_folder_of_pictures_are_fine(plain, tmp_path):
@@ -346,6 +349,7 @@ def test_plain_columns(tmp_path):
         ['test', 'A', 'fr', 'x', 'a', '1', 'p', '2022-01-01'], ['', '', '', ' ', '', '2', 'p', 'never']])
     c = read_collection(tmp_path)
     assert c.articles[['split', 'dataset', 'lang']].values.tolist() == [['test', 'A', 'fr'], ['train', 't', '']]
+    assert not any('split' in o for o in c.problems)  # the table has its own
     assert 'dates not understood: 1' in c.problems and c.usable()[1]['articles: no text'] == 1
 
 def test_plain_tables_that_are_refused(tmp_path):
