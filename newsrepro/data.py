@@ -207,7 +207,8 @@ def _read_parquet(
     table = table.reset_index(named).reset_index(drop=True).convert_dtypes()
     table.columns = [str(c) for c in table]
     _refuse_twice(table, path)
-    columns = {c: [_text_of(v) if known else '' for v, known in zip(table[c], table[c].notna())] for c in table}
+    try: columns = {c: [_text_of(v) if known else '' for v, known in zip(table[c], table[c].notna())] for c in table}
+    except UnicodeDecodeError as e: raise InputError(f'{path}: damaged: a text is no UTF-8 ({e.reason})') from e
     return pd.DataFrame(columns, dtype=str, index=range(1, len(table) + 1)).rename_axis('row')
 
 # %% ../nbs/00_data.ipynb #read-table

@@ -427,3 +427,12 @@ def test_splits_that_are_refused():
     articles = pd.DataFrame(dict(dataset='A', article_id=['1'], date=pd.to_datetime([None])))
     raises(['no article has a date'], chronological_split, articles)
     raises(['fraction 2: must lie between 0 and 1'], random_split, articles, 2)
+
+
+def test_a_parquet_table_whose_text_is_no_utf8_is_refused(tmp_path):
+    "pyarrow decodes text when it is looked at, not when it is read; found by fuzzing."
+    import pyarrow as pa
+    from pyarrow import parquet
+    text = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(b'\0\0\0\0\4\0\0\0\7\0\0\0'), pa.py_buffer(b'RainNo\xcb')])
+    parquet.write_table(pa.table({'article_id': ['1', '2'], 'title': text}), tmp_path/'a.parquet')
+    raises([str(tmp_path/'a.parquet'), 'no UTF-8'], read_table, tmp_path/'a.parquet')
