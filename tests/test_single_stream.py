@@ -205,7 +205,7 @@ def test_size_rule_is_that_of_transformers():
 
 
 def test_pixels_are_those_of_transformers(tmp_path):
-    "The model's input, for small and large pictures, wide and tall, grey and transparent ones."
+    "The model's input, for small and large pictures, wide and tall, grey and transparent ones; the last on white, where theirs would be black."
     theirs, rule = ViltImageProcessorPil(size={'shortest_edge': 96}, size_divisor=16), PictureRule(96, 16)
     matcher = stream.Matcher('', stream.Vilt(ViltConfig(**SMALL)), None, rule, '', tmp_path)
     draw, sizes = np.random.default_rng(0), [(200, 100), (33, 57), (96, 96), (97, 95), (31, 300), (500, 90), (20, 19)]
@@ -213,7 +213,9 @@ def test_pixels_are_those_of_transformers(tmp_path):
         for mode in ('RGB', 'L', 'RGBA'):
             path = tmp_path/f'{place}-{mode}.png'
             Image.fromarray(draw.integers(0, 256, (height, width, 4), dtype=np.uint8), 'RGBA').convert(mode).save(path)
-            wanted = theirs(Image.open(path).convert('RGB'), return_tensors='pt')
+            shown = Image.open(path).convert('RGBA')
+            shown = Image.alpha_composite(Image.new('RGBA', shown.size, 'white'), shown)
+            wanted = theirs(shown.convert('RGB'), return_tensors='pt')
             assert wanted['pixel_mask'].all()
             torch.testing.assert_close(matcher.picture(load_picture(path, rule)[None]), wanted['pixel_values'], atol=1e-5, rtol=0)
 
