@@ -31,29 +31,38 @@ from .core import InputError
 def cosine_cost(text: torch.Tensor,  # (batch, n, dim) hidden states of the words
                 patches: torch.Tensor  # (batch, m, dim) hidden states of the patches
                ) -> torch.Tensor:  # (batch, n, m) float32 or float64, in [0, 2] up to rounding
-    "1 - cosine of each word and patch, with gradient; a state of zeros costs 1. Raises `InputError` for shapes that do not fit."
+    "1 - cosine of each word and patch, with gradient; zeros cost 1. Raises `InputError` for unlike shapes."
     if text.ndim != 3 or patches.ndim != 3 or text.shape[::2] != patches.shape[::2]:
-        raise InputError(f'states of shapes {tuple(text.shape)} and {tuple(patches.shape)}: (batch, n, dim) and (batch, m, dim) are needed')
+        raise InputError(f'states of shapes {tuple(text.shape)} and {tuple(patches.shape)}: '
+                         '(batch, n, dim) and (batch, m, dim) are needed')
     dtype = torch.promote_types(torch.promote_types(text.dtype, patches.dtype), torch.float32)
-    with torch.autocast(text.device.type, enabled=False):
-        return 1 - F.normalize(text.to(dtype), dim=-1, eps=1e-5) @ F.normalize(patches.to(dtype), dim=-1, eps=1e-5).mT
+    unit = lambda x: F.normalize(x.to(dtype), dim=-1, eps=1e-5)
+    with torch.autocast(text.device.type, enabled=False): return 1 - unit(text) @ unit(patches).mT
 
 # %% ../nbs/04b_heat_maps.ipynb #plan-check
-def check_problem(cost: torch.Tensor, rows: torch.Tensor|None, columns: torch.Tensor|None,  # as for `transport_plan`
-                  beta: float, iterations: int, inner: int
+def check_problem(cost: torch.Tensor,  # (batch, n, m)
+                  rows: torch.Tensor|None,  # bool (batch, n), as for `transport_plan`; None = all valid
+                  columns: torch.Tensor|None,  # bool (batch, m), likewise
+                  beta: float,  # at least 0.01
+                  iterations: int,  # at least 1
+                  inner: int  # at least 1
                  ) -> tuple[torch.Tensor, torch.Tensor]:  # rows and columns, all valid where None was given
     "Raise `InputError` for masks that do not fit and options outside of their range."
-    if cost.ndim != 3 or not cost.numel(): raise InputError(f'cost of shape {tuple(cost.shape)}: (batch, n, m) is needed, none of them 0')
+    if cost.ndim != 3 or not cost.numel():
+        raise InputError(f'cost of shape {tuple(cost.shape)}: (batch, n, m) is needed, none of them 0')
     if not .01 <= beta < float('inf'): raise InputError(f'beta={beta}: must be at least 0.01')
-    if min(iterations, inner) < 1: raise InputError(f'iterations={iterations}, inner={inner}: each must be at least 1')
+    if min(iterations, inner) < 1:
+        raise InputError(f'iterations={iterations}, inner={inner}: each must be at least 1')
+    shapes = (cost.shape[:2], cost.shape[::2])
     masks = [cost.new_ones(shape, dtype=torch.bool) if mask is None else mask
-             for mask, shape in ((rows, cost.shape[:2]), (columns, cost.shape[::2]))]
-    for name, mask, shape in zip(('rows', 'columns'), masks, (cost.shape[:2], cost.shape[::2])):
+             for mask, shape in zip((rows, columns), shapes)]
+    for name, mask, shape in zip(('rows', 'columns'), masks, shapes):
         if mask.dtype != torch.bool or mask.shape != shape:
-            raise InputError(f'{name}: {mask.dtype} of shape {tuple(mask.shape)}; torch.bool of shape {tuple(shape)} is needed')
+            raise InputError(f'{name}: {mask.dtype} of shape {tuple(mask.shape)}; '
+                             f'torch.bool of shape {tuple(shape)} is needed')
     return tuple(masks)
 
-# %% ../nbs/04b_heat_maps.ipynb #plan
+# %% ../nbs/04b_heat_maps.ipynb #uniform-mass
 FLOOR = 1e-100  # least entry of a plan between two steps, far below what float32 can tell from 0
 
 def uniform_mass(valid: torch.Tensor  # bool (batch, k)
@@ -61,14 +70,16 @@ def uniform_mass(valid: torch.Tensor  # bool (batch, k)
     "Equal mass on the valid points, 1 in all, 0 on padding."
     return valid.double()/valid.sum(1, keepdim=True).clamp(min=1)
 
+# %% ../nbs/04b_heat_maps.ipynb #plan
 @torch.no_grad()
 def transport_plan(cost: torch.Tensor,  # (batch, n, m) in [0, 2], as from `cosine_cost`
                    rows: torch.Tensor|None = None,  # bool (batch, n), False where a word is padding
                    columns: torch.Tensor|None = None,  # bool (batch, m), False where a patch is padding
                    beta: float = .5,  # step of the proximal point method
-                   iterations: int = 50, inner: int = 1  # steps; sweeps of the scalings in each
-                  ) -> torch.Tensor:  # (batch, n, m) of the cost's type, 0 on padding; rows sum to 1/n, columns about to 1/m
-    "IPOT without gradient (Xie et al. 2020, algorithm 1); zeros without words or patches. Raises `InputError` by `check_problem`."
+                   iterations: int = 50,  # steps
+                   inner: int = 1  # sweeps of the scalings in each step
+                  ) -> torch.Tensor:  # (batch, n, m); rows sum to 1/n, columns about to 1/m
+    "IPOT without gradient (Xie et al. 2020, algorithm 1), 0 on padding. Raises as `check_problem`."
     rows, columns = check_problem(cost, rows, columns, beta, iterations, inner)
     rows, columns = rows & columns.any(1, keepdim=True), columns & rows.any(1, keepdim=True)
     mu, nu = uniform_mass(columns)[:, None], uniform_mass(rows)[..., None]
@@ -87,19 +98,21 @@ def transport_plan(cost: torch.Tensor,  # (batch, n, m) in [0, 2], as from `cosi
 def transport_cost(plan: torch.Tensor,  # (batch, n, m), as from `transport_plan`
                    cost: torch.Tensor  # (batch, n, m), with gradient
                   ) -> torch.Tensor:  # (batch,)
-    "<plan, cost>, with gradient through `cost` alone: the word-patch alignment loss of UNITER and ViLT, one a pair."
+    "<plan, cost>, with gradient through `cost` alone: the word-patch alignment loss of UNITER and ViLT."
     return (plan.detach()*cost).sum((1, 2))
 
 # %% ../nbs/04b_heat_maps.ipynb #word-map
 FLAT = .01  # standard deviation over mean up to which a map says nothing
 
-def word_map(mass: torch.Tensor|np.ndarray,  # (rows * columns,) the plan's entries of the chosen word, row by row of the picture
+def word_map(mass: torch.Tensor|np.ndarray,  # (rows*columns,) of the plan for the chosen word, row by row
              grid: tuple[int, int]  # rows and columns of patches
             ) -> np.ndarray:  # float32 (rows, columns) in [0, 1]; zeros where no patch stands out
     "The heat map of a word. Raises `InputError` where `mass` does not fill the grid or is not finite."
     values = torch.as_tensor(mass).detach().cpu().double().numpy()
-    if values.shape != (grid[0]*grid[1],) or not values.size:
-        raise InputError(f'mass of shape {values.shape}: a grid of {grid[0]} x {grid[1]} patches needs ({grid[0]*grid[1]},)')
+    patches = grid[0]*grid[1]
+    if values.shape != (patches,) or not values.size:
+        raise InputError(f'mass of shape {values.shape}: '
+                         f'a grid of {grid[0]} x {grid[1]} patches needs ({patches},)')
     if not np.isfinite(values).all(): raise InputError('mass: NaN or infinity')
     spread = values.std(ddof=1) if values.size > 1 else 0.
     if spread <= FLAT*abs(values.mean()): return np.zeros(grid, np.float32)
@@ -108,11 +121,13 @@ def word_map(mass: torch.Tensor|np.ndarray,  # (rows * columns,) the plan's entr
 
 # %% ../nbs/04b_heat_maps.ipynb #heat-map
 def heat_map(text: torch.Tensor,  # (n, dim) last hidden states of the word pieces, without special tokens
-             patches: torch.Tensor,  # (rows * columns, dim) of the patches, row by row of the picture, without the class token
+             patches: torch.Tensor,  # (rows*columns, dim) of the patches, row by row, without the class token
              pieces: Sequence[int],  # which of `text` make the chosen word
              grid: tuple[int, int],  # rows and columns of patches
-             beta: float = .1, iterations: int = 1000) -> np.ndarray:  # float32 (rows, columns) in [0, 1]
-    "Where the model looks for one word of one pair. Raises `InputError` where states, pieces and grid do not fit."
+             beta: float = .1,  # step of the transport
+             iterations: int = 1000  # steps of the transport
+            ) -> np.ndarray:  # float32 (rows, columns) in [0, 1]
+    "Where the model looks for a word of a pair. Raises `InputError` where states, pieces, grid do not fit."
     if not pieces or not all(0 <= piece < len(text) for piece in pieces):
         raise InputError(f'pieces {list(pieces)}: one or more from 0 to {len(text) - 1} are needed')
     plan = transport_plan(cosine_cost(text[None], patches[None]), beta=beta, iterations=iterations)[0]
@@ -121,8 +136,9 @@ def heat_map(text: torch.Tensor,  # (n, dim) last hidden states of the word piec
 # %% ../nbs/04b_heat_maps.ipynb #overlay
 GLOW = np.array([255., 170., 0.])  # colour laid over hot parts
 
-def check_heat(heat: np.ndarray) -> np.ndarray:  # float32
-    "`heat` if it is a matrix within [0, 1], else `InputError`."
+def check_heat(heat: np.ndarray  # a map
+              ) -> np.ndarray:  # float32
+    "`heat` if it is a matrix within [0, 1], else raises `InputError`."
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim == 2 and heat.size and ((0 <= heat) & (heat <= 1)).all(): return heat
     raise InputError(f'heat of shape {heat.shape}: a map (rows, columns) of numbers from 0 to 1 is needed')
@@ -132,54 +148,71 @@ def overlay(image: Image.Image,  # of any size
            ) -> Image.Image:  # RGB, of the picture's size; linear in the heat at each pixel
     "The picture with its heat map. Raises `InputError` by `check_heat`."
     image = image.convert('RGB')
-    warmth = np.asarray(Image.fromarray(check_heat(heat)).resize(image.size, Image.Resampling.BILINEAR))[..., None]
+    stretched = Image.fromarray(check_heat(heat)).resize(image.size, Image.Resampling.BILINEAR)
+    warmth = np.asarray(stretched)[..., None]
     cold = .4*np.asarray(ImageOps.grayscale(image), dtype=float)[..., None] + 120
     hot = .75*np.asarray(image, dtype=float) + .25*GLOW
     return Image.fromarray((cold + warmth*(hot - cold)).round().clip(0, 255).astype(np.uint8))
 
 # %% ../nbs/04b_heat_maps.ipynb #word-span
-def word_span(text: str, word: str,
-              start: int|None = None  # offset of the occurrence meant; may be left out where there is one
+def word_span(text: str,  # in which it stands
+              word: str,  # a whole word, or several
+              start: int|None = None  # offset of the occurrence meant; None = there is only one
              ) -> tuple[int, int]:  # text[slice(*span)] == word
-    "Where `word` stands in `text` as a whole word. Raises `InputError` where it does not, or several times and no `start` is given."
-    found = [m.start() for m in re.finditer(rf'(?<!\w){re.escape(word)}(?!\w)', text)] if word.strip() else []
+    "Where `word` stands in `text`. Raises `InputError` where it does not, or several times without `start`."
+    found = ([m.start() for m in re.finditer(rf'(?<!\w){re.escape(word)}(?!\w)', text)]
+             if word.strip() else [])
+    places = ', '.join(map(str, found))
     if not found: raise InputError(f'word {word!r}: does not stand in {text[:60]!r} as a whole word')
-    if start is None and len(found) > 1: raise InputError(f'word {word!r}: stands at {", ".join(map(str, found))}; say which with start')
-    if start not in (None, *found): raise InputError(f'word {word!r}: does not start at {start} but at {", ".join(map(str, found))}')
-    return (at := found[0] if start is None else start), at + len(word)
+    if start is None and len(found) > 1:
+        raise InputError(f'word {word!r}: stands at {places}; say which with start')
+    if start not in (None, *found):
+        raise InputError(f'word {word!r}: does not start at {start} but at {places}')
+    at = found[0] if start is None else start
+    return at, at + len(word)
 
 # %% ../nbs/04b_heat_maps.ipynb #letters
 SIZE = 8  # of letters, in points
 LINE = 1.4*SIZE/72  # from line to line, in inches
 
-def lettering(bold: bool = False, size: float = SIZE) -> FontProperties:
+def lettering(bold: bool = False,  # instead of regular
+              size: float = SIZE  # points
+             ) -> FontProperties:
     "DejaVu Sans, from the files that come with matplotlib."
-    return FontProperties(fname=Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'DejaVuSans{"-Bold"*bold}.ttf', size=size)
+    fonts = Path(matplotlib.get_data_path())/'fonts'/'ttf'
+    return FontProperties(fname=fonts/f'DejaVuSans{"-Bold"*bold}.ttf', size=size)
 
 @cache
 def _known() -> frozenset[int]: return frozenset(get_font(lettering().get_file()).get_charmap())
 
-def drawable(text: str) -> str:  # of the same length
+def drawable(text: str  # of any letters
+            ) -> str:  # of the same length
     "`text` with ▯ for letters that the font lacks and a blank for each white space."
-    return ''.join(' ' if letter.isspace() else letter if ord(letter) in _known() else '▯' for letter in text)
+    letter_of = lambda letter: ' ' if letter.isspace() else letter if ord(letter) in _known() else '▯'
+    return ''.join(map(letter_of, text))
 
-def width_of(text: str) -> float:  # inches
+def width_of(text: str  # one line
+            ) -> float:  # inches
     "Width of a line of text, blanks at its end included."
     width = lambda text: TextToPath().get_text_width_height_descent(text, lettering(), False)[0]
     return (width(text + '.') - width('.'))/72
 
 # %% ../nbs/04b_heat_maps.ipynb #wrap
-def wrap(text: str, width: float  # inches
+def wrap(text: str,  # of any length
+         width: float  # inches
         ) -> list[tuple[int, int]]:  # start and end of each line
     "Lines of at most `width`, broken between words and within very long ones."
     lines = []
     for token in re.finditer(r'\S{1,30}', text):
-        if lines and width_of(text[lines[-1][0]:token.end()]) <= width: lines[-1] = lines[-1][0], token.end()
+        fits = lines and width_of(text[lines[-1][0]:token.end()]) <= width
+        if fits: lines[-1] = lines[-1][0], token.end()
         else: lines.append(token.span())
     return lines
 
-def excerpt(lines: list[tuple[int, int]], at: int,  # offset that must be seen
-            most: int) -> slice:
+def excerpt(lines: list[tuple[int, int]],  # start and end of each
+            at: int,  # offset that must be seen
+            most: int  # lines
+           ) -> slice:  # of `lines`
     "At most `most` of the lines: the first ones, or those around `at`."
     line = next((k for k, (_, end) in enumerate(lines) if at < end), 0)
     first = 0 if line < most else min(line - most//2, len(lines) - most)
@@ -188,7 +221,10 @@ def excerpt(lines: list[tuple[int, int]], at: int,  # offset that must be seen
 # %% ../nbs/04b_heat_maps.ipynb #write-text
 RED, GREEN = '#d0021b', '#0b8f3a'
 
-def text_lines(text: str, span: tuple[int, int], width: float, most: int
+def text_lines(text: str,  # all of it
+               span: tuple[int, int],  # start and end of what is red
+               width: float,  # of a line, inches
+               most: int  # lines
               ) -> list[list[tuple[str, str]]]:  # (letters, colour) a run, line by line
     "The lines to draw, the letters of `span` in red; … where text is left out."
     lines = wrap(text, width - width_of('……'))
@@ -196,28 +232,34 @@ def text_lines(text: str, span: tuple[int, int], width: float, most: int
     inks = []
     for start, end in lines[shown]:
         cuts = [start, *(min(max(cut, start), end) for cut in span), end]
-        inks.append([(text[a:b], ink) for a, b, ink in zip(cuts, cuts[1:], ('black', RED, 'black')) if a < b])
+        runs = zip(cuts, cuts[1:], ('black', RED, 'black'))
+        inks.append([(text[a:b], ink) for a, b, ink in runs if a < b])
     if shown.start: inks[0].insert(0, ('…', 'black'))
     if shown.stop < len(lines): inks[-1].append(('…', 'black'))
     return inks
 
-def write_lines(figure: Figure, lines: list[list[tuple[str, str]]], left: float, top: float  # inches from the figure's upper left corner
+# %% ../nbs/04b_heat_maps.ipynb #write-lines
+def write_lines(figure: Figure,  # drawn on
+                lines: list[list[tuple[str, str]]],  # as from `text_lines`
+                left: float,  # inches from the figure's left edge
+                top: float  # inches from its upper edge
                ) -> None:
-    "Draw lines of coloured text, each word at its place, so that hinting of the letters does not add up along a line."
+    "Draw lines of coloured text, each word at its place, so that hinting does not add up along a line."
     width, height = figure.get_size_inches()
     for k, line in enumerate(lines):
         written = ''
         for letters, ink in line:
             for word in re.finditer(r'\S+', letters):
-                x, y = (left + width_of(written + letters[:word.start()]))/width, 1 - (top + k*LINE + SIZE/72)/height
+                x = (left + width_of(written + letters[:word.start()]))/width
+                y = 1 - (top + k*LINE + SIZE/72)/height
                 figure.text(x, y, word[0], color=ink, font=lettering(), va='baseline', parse_math=False)
             written += letters
 
 # %% ../nbs/04b_heat_maps.ipynb #panel
 @dataclass(frozen=True)
 class Panel:
-    "An article, its best images, and where the model looks in them for one word. Raises `InputError` where they do not fit."
-    text: str
+    "An article, its best images, where the model looks in them for a word. Raises `InputError` for a misfit."
+    text: str  # of the article
     word: str  # drawn in red
     images: Sequence[Image.Image]  # best first
     heats: Sequence[np.ndarray]  # one map (rows, columns) an image, in [0, 1]
@@ -227,70 +269,96 @@ class Panel:
     def __post_init__(self):
         word_span(self.text, self.word, self.start)
         if not self.images or len(self.images) != len(self.heats):
-            raise InputError(f'{len(self.images)} images, {len(self.heats)} heat maps: as many are needed, at least one')
+            raise InputError(f'{len(self.images)} images, {len(self.heats)} heat maps: '
+                             'as many are needed, at least one')
         for heat in self.heats: check_heat(heat)
         if self.right is not None and not 0 <= self.right < len(self.images):
             raise InputError(f'right={self.right}: a position from 0 to {len(self.images) - 1}, or None')
 
-# %% ../nbs/04b_heat_maps.ipynb #place-image
+# %% ../nbs/04b_heat_maps.ipynb #fitted
 TALLEST = 1.  # height of an image over the width of its cell, at most
 
-def fitted(size: tuple[int, int], cell: float) -> tuple[float, float]:  # inches
-    "Width and height at which an image of `size` pixels fills its cell, undistorted."
+def fitted(size: tuple[int, int],  # width and height, pixels
+           cell: float  # width of the cell, inches
+          ) -> tuple[float, float]:  # width and height, inches
+    "At which an image fills its cell, undistorted."
     scale = min(cell/size[0], TALLEST*cell/size[1])
     return size[0]*scale, size[1]*scale
 
-def place_image(figure: Figure, image: Image.Image, left: float, top: float, width: float, height: float,  # inches
-                framed: bool = False) -> None:
+# %% ../nbs/04b_heat_maps.ipynb #place-image
+def place_image(figure: Figure,  # drawn on
+                image: Image.Image,  # of any size
+                left: float,  # inches from the figure's left edge
+                top: float,  # inches from its upper edge
+                width: float,  # inches
+                height: float,  # inches
+                framed: bool = False  # in green
+               ) -> None:
     "Draw an image at its place, shrunk to at most 200 pixels an inch."
     across, down = figure.get_size_inches()
     image = image.convert('RGB')
-    image.thumbnail((max(1, round(200*width)), max(1, round(200*height))), Image.Resampling.LANCZOS, reducing_gap=None)
+    most = max(1, round(200*width)), max(1, round(200*height))
+    image.thumbnail(most, Image.Resampling.LANCZOS, reducing_gap=None)
     axes = figure.add_axes((left/across, 1 - (top + height)/down, width/across, height/down))
     axes.imshow(image, aspect='auto', interpolation='hanning', resample=True)
     axes.set_axis_off()
     if framed:
-        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=GREEN, linewidth=3, clip_on=False))
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=GREEN,
+                                 linewidth=3, clip_on=False))
 
 # %% ../nbs/04b_heat_maps.ipynb #draw-panel
 GAP = .08  # between images, in inches
 
-def row_height(panel: Panel, cell: float) -> float:
+def row_height(panel: Panel,  # of one or more images
+               cell: float  # width of an image's cell, inches
+              ) -> float:  # inches
     "Height of a row of the panel's images."
     return max(fitted(image.size, cell)[1] for image in panel.images)
 
-def draw_panel(figure: Figure, panel: Panel, lines: list[list[tuple[str, str]]], top: float, cell: float) -> None:
-    "Text, ranks, images and heat maps of one article, from `top` inches down."
+def draw_panel(figure: Figure,  # drawn on
+               panel: Panel,  # one article
+               lines: list[list[tuple[str, str]]],  # of its text, as from `text_lines`
+               top: float,  # inches from the figure's upper edge
+               cell: float  # width of an image's cell, inches
+              ) -> None:
+    "Text, ranks, images and heat maps of one article."
     across, down = figure.get_size_inches()
     write_lines(figure, lines, 0, top)
-    top, row = top + (len(lines) + 1.4)*LINE, row_height(panel, cell)
+    bottom = top + (len(lines) + 1.4)*LINE + row_height(panel, cell)  # of the row of images
     for k, (image, heat) in enumerate(zip(panel.images, panel.heats)):
         width, height = fitted(image.size, cell)
         left, framed = k*(cell + GAP) + (cell - width)/2, k == panel.right
-        figure.text((left + width/2)/across, 1 - (top + row - height - .4*LINE)/down, f'{k + 1}' + ' · true image'*framed,
-                    ha='center', color=GREEN if framed else 'black', font=lettering(bold=framed, size=SIZE - 1))
-        place_image(figure, image, left, top + row - height, width, height, framed)
-        place_image(figure, overlay(image, heat), left, top + row + GAP, width, height)
+        x, y = (left + width/2)/across, 1 - (bottom - height - .4*LINE)/down
+        figure.text(x, y, f'{k + 1}' + ' · true image'*framed, ha='center',
+                    color=GREEN if framed else 'black', font=lettering(bold=framed, size=SIZE - 1))
+        place_image(figure, image, left, bottom - height, width, height, framed)
+        place_image(figure, overlay(image, heat), left, bottom + GAP, width, height)
 
 # %% ../nbs/04b_heat_maps.ipynb #draw-figure
 def draw_figure(panels: Sequence[Panel],  # at least one
                 width: float = 8.,  # inches
                 most_lines: int = 3  # of each text
                ) -> Figure:
-    "Liang & Larson 2021, Figure 2: the best images of a text, the true one framed, with the heat maps of a word."
+    "Best images of texts, the true one framed, with a word's heat maps (Liang & Larson 2021, Figure 2)."
     if not panels: raise InputError('draw_figure: at least one panel is needed')
     most = max(5, *(len(panel.images) for panel in panels))
     cell = (width - (most - 1)*GAP)/most
-    texts = [text_lines(drawable(panel.text), word_span(panel.text, panel.word, panel.start), width, most_lines) for panel in panels]
-    heights = [(len(lines) + 2.4)*LINE + 2*row_height(panel, cell) + GAP for lines, panel in zip(texts, panels)]
+    spans = [word_span(panel.text, panel.word, panel.start) for panel in panels]
+    texts = [text_lines(drawable(panel.text), span, width, most_lines) for panel, span in zip(panels, spans)]
+    heights = [(len(lines) + 2.4)*LINE + 2*row_height(panel, cell) + GAP
+               for lines, panel in zip(texts, panels)]
     figure = Figure(figsize=(width, sum(heights)))
-    for panel, lines, top in zip(panels, texts, np.cumsum([0, *heights])): draw_panel(figure, panel, lines, top, cell)
+    tops = np.cumsum([0, *heights])
+    for panel, lines, top in zip(panels, texts, tops): draw_panel(figure, panel, lines, top, cell)
     return figure
 
 # %% ../nbs/04b_heat_maps.ipynb #draw-pair
-def draw_pair(text: str, image: Image.Image, width: float = 4.5,  # inches
-              most_lines: int = 8) -> Figure:
-    "Liang & Larson 2021, Figure 1: an article's image over its text."
+def draw_pair(text: str,  # of an article
+              image: Image.Image,  # its own
+              width: float = 4.5,  # inches
+              most_lines: int = 8  # of the text
+             ) -> Figure:
+    "An article's image over its text (Liang & Larson 2021, Figure 1)."
     lines = text_lines(drawable(text), (0, 0), width, most_lines)
     across, height = fitted(image.size, width)
     figure = Figure(figsize=(width, height + GAP + len(lines)*LINE))

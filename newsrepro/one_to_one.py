@@ -49,7 +49,7 @@ def as_logits(scores: np.ndarray,  # (n, m) similarities, -inf where a pair is r
 def dual_softmax(scores: np.ndarray,  # (n, m) similarities, -inf where a pair is ruled out
                  temperature: float = 1.  # positive
                 ) -> np.ndarray:  # (n, m) float64, logarithm of Z*; -inf where a pair is ruled out
-    "log(softmax(Z, 0) * softmax(Z, 1)), Z = `scores`/`temperature` (Galanopoulos & Mezaris 2022, section 3.4)."
+    "log(softmax(Z, 0)*softmax(Z, 1)), Z = `scores`/`temperature` (Galanopoulos & Mezaris 2022, 3.4)."
     z = as_logits(scores, temperature)
     log = 2*z - z.logsumexp(1, keepdim=True) - z.logsumexp(0)
     return torch.where(z == -torch.inf, -torch.inf, log).numpy()
@@ -57,15 +57,16 @@ def dual_softmax(scores: np.ndarray,  # (n, m) similarities, -inf where a pair i
 def best_columns(scores: np.ndarray,  # (n, m), no NaN
                  k: int  # at most m
                 ) -> np.ndarray:  # int64 (n, k), best first
-    "Columns of the k highest scores of each row, equal ones in their order; raises `InputError` for another `k`."
+    "Columns of each row's k highest scores, equal ones in their order; raises `InputError` for a wrong `k`."
     check_k(k, np.shape(scores)[1])
     return np.argsort(-np.asarray(scores), axis=1, kind='stable')[:, :k]
 
 # %% ../nbs/05a_one_to_one.ipynb #column-sums
 HEADROOM = 78.  # exp of it, times the rows of a block, is still a float32
 
-def _block_sums(rows: torch.Tensor, c: torch.Tensor, temperature: float, size: int, offset: torch.Tensor | None,
-                fill: Callable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _block_sums(rows: torch.Tensor, c: torch.Tensor, temperature: float, size: int,
+                offset: torch.Tensor | None, fill: Callable
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     by_row = torch.zeros(len(rows), dtype=torch.float64, device=c.device)
     by_column = torch.zeros(len(c), dtype=torch.float64, device=c.device)
     z, room, peak = rows/temperature, c.new_empty(len(rows)*min(size, len(c))), c.new_empty(len(c))
@@ -84,7 +85,7 @@ def exp_sums(q: torch.Tensor,  # (n, dim) unit rows
              sizes: tuple[int, int],  # of blocks
              shift: float,  # taken off the logits
              fill: Callable  # torch.Tensor.exp_ or torch.Tensor.expm1_
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # float64 (n,), (m,), largest term a column (m,)
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # by row, by column, a column's largest
     "Sums by row and by column of `fill`(logits - `shift`); float32 within a block, float64 across."
     offset = torch.full((len(c),), shift, device=c.device) if shift else None
     job = lambda rows: _block_sums(rows, c, temperature, sizes[1], offset, fill)
@@ -116,8 +117,8 @@ def log_sums(q: torch.Tensor,  # (n, dim) unit rows
              c: torch.Tensor,  # (m, dim) unit rows, on the device
              temperature: float,  # positive
              sizes: tuple[int, int]  # of blocks
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # R (n,), C (m,) float64, weight of C's errors (m,)
-    "Log-sum-exp of the rows and of the columns of cosine/`temperature`."
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # R (n,), C (m,), weight of C's errors
+    "Log-sum-exp of the rows and of the columns of cosine/`temperature`, float64."
     even = torch.ones(len(c), dtype=torch.float64)
     if temperature >= 1:
         rows, columns, _ = exp_sums(q, c, temperature, sizes, 0., torch.Tensor.expm1_)
@@ -125,7 +126,7 @@ def log_sums(q: torch.Tensor,  # (n, dim) unit rows
     shift = max(0., 1/temperature - HEADROOM)
     if shift < 2*HEADROOM:
         rows, columns, peaks = exp_sums(q, c, temperature, sizes, shift, torch.Tensor.exp_)
-        lost = 1.2e-38/1e-7  # an exponential below float32's smallest number is 0: harmless in a sum far above
+        lost = 1.2e-38/1e-7  # exponentials below float32's least number are 0: harmless in a sum far above
         if rows.min() > len(c)*lost and columns.min() > len(q)*lost:
             return shift + rows.log(), shift + columns.log(), (peaks/columns).sqrt()
     logits = lambda rows: rows.double() @ c.double().T/temperature
@@ -139,7 +140,7 @@ def exact_columns(q: torch.Tensor,  # (n, dim) unit rows
                   temperature: float,  # positive
                   sizes: tuple[int, int]  # of blocks
                  ) -> np.ndarray:  # float64 (columns,)
-    "Log-sum-exp of some columns of cosine/`temperature` in float64; equal columns have equal ones, to the bit."
+    "Log-sum-exp of some columns of cosine/`temperature`; equal columns have equal ones, to the bit."
     chosen = c[torch.from_numpy(places).to(c.device)].cpu().numpy()
     _, first, back = np.unique(chosen, axis=0, return_index=True, return_inverse=True)
     shift, sums = torch.from_numpy(near[first]).to(c.device), []
@@ -157,7 +158,7 @@ def dual_softmax_top_k(queries: np.ndarray,  # (n, dim), any scale: cosine norma
                        device: str = 'cpu',  # where the search runs, such as 'cpu' or 'cuda:0'
                        query_block: int = 0,  # queries a block; 0 = `newsrepro.retrieve.BLOCKS`
                        candidate_block: int = 0  # candidates a block; 0 = `newsrepro.retrieve.BLOCKS`
-                      ) -> tuple[np.ndarray, np.ndarray]:  # log Z* float64, places int64, each (n, k), best first
+                      ) -> tuple[np.ndarray, np.ndarray]:  # log Z* float64, places int64, (n, k)
     "The k best by dual softmax of all cosines, without an n x m matrix; transductive. Raises `InputError`."
     sizes = block_sizes(device, query_block, candidate_block)
     temperature = check_temperature(temperature)
@@ -172,11 +173,11 @@ def dual_softmax_top_k(queries: np.ndarray,  # (n, dim), any scale: cosine norma
     return scores/half - middle - R[:, None], places
 
 # %% ../nbs/05a_one_to_one.ipynb #dual-top-k-of
-def dual_softmax_top_k_of(scores: np.ndarray,  # (n, m) similarities of any size, -inf where a pair is ruled out
+def dual_softmax_top_k_of(scores: np.ndarray,  # (n, m), of any size, -inf where a pair is ruled out
                           k: int = 100,  # length of the lists, at most m
                           temperature: float = 1.,  # positive
                           block: int = 2**24  # scores held at a time
-                         ) -> tuple[np.ndarray, np.ndarray]:  # log Z* float64, places int64, each (n, k), best first
+                         ) -> tuple[np.ndarray, np.ndarray]:  # log Z* float64, places int64, (n, k)
     "`dual_softmax_top_k` of a given matrix, in float64. Transductive. Raises `InputError`."
     check_temperature(temperature)
     if np.ndim(scores) != 2 or not np.size(scores): as_logits(scores)
@@ -207,7 +208,7 @@ def inverted_softmax(scores: np.ndarray,  # (n, m) similarities, -inf where a pa
 def csls(scores: np.ndarray,  # (n, m) cosines
          neighbours: int = 10  # at most the shorter side of the matrix
         ) -> np.ndarray:  # (n, m) float64
-    "2 Z - r - c with the mean over each row's and column's `neighbours` highest (Conneau et al. 2018, equation 4)."
+    "2 Z - r - c, means of a row's and a column's `neighbours` highest (Conneau et al. 2018, equation 4)."
     z = as_logits(scores)
     check_k(neighbours, min(z.shape))
     r = z.topk(neighbours, dim=1).values.mean(1, keepdim=True)
@@ -237,7 +238,7 @@ def assign(scores: np.ndarray  # (n, m) similarities, -inf where a pair is ruled
     columns = np.full(len(scores), -1)
     possible = np.isfinite(z)
     spread = np.ptp(z[possible]) if possible.any() else 0.
-    low = z[possible].min(initial=0.) - spread*min(z.shape) - 1  # ruled out: worse than any pairing without it
+    low = z[possible].min(initial=0.) - spread*min(z.shape) - 1  # ruled out: worse than any other pairing
     rows, chosen = linear_sum_assignment(np.where(possible, z, low), maximize=True)
     columns[rows] = np.where(possible[rows, chosen], chosen, -1)
     return columns

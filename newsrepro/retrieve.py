@@ -157,7 +157,7 @@ def search_rows(rows: torch.Tensor,  # (queries, dim)
                 k: int,  # at most m
                 size: int,  # candidates a block
                 handicap: torch.Tensor | None = None  # (m,) float32, taken off each candidate's cosine
-               ) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32, places int64, (queries, k), best first
+               ) -> tuple[torch.Tensor, torch.Tensor]:  # scores float32, places int64, (queries, k)
     "The k best candidates of each row by cosine - `handicap`, then by place."
     lists = Lists(len(rows), k, c.device)
     room = c.new_empty(len(rows)*min(size, len(c)))
@@ -236,7 +236,7 @@ def sort_rows(scores: np.ndarray,  # (n, k) float64, changed in place
               places: np.ndarray,  # (n, k) int64, changed in place
               rows: np.ndarray  # which to sort
              ) -> None:
-    "Sort rows of both by score, highest first, then place; within 2**-47, the noise of float64, they are equal."
+    "Sort rows of both by score, highest first, then by place; scores within 2**-47 are equal."
     order = np.argsort(-scores[rows], axis=1)
     score, place = (np.take_along_axis(x[rows], order, 1) for x in (scores, places))
     group = np.pad((score[:, :-1] - score[:, 1:] > 2**-47).cumsum(1), ((0, 0), (1, 0)))
