@@ -114,5 +114,5 @@ def test_a_folder_in_the_layout_of_2025(tmp_path):
 def test_absent_checkpoints_are_refused_before_any_work(tmp_path):
     done = newsrepro('reproduce', '--profile', 'paper', '--only', '11_clip_sweep', '--out', tmp_path/'paper', HF_HOME=str(tmp_path/'hub'), HF_HUB_OFFLINE='1')
     assert done.returncode == 2 and done.stderr.count('\n') == 1
-    for part in ('checkpoint of RN50', 'RN50.pt', str(tmp_path/'hub'), '--weights'): assert part in done.stderr, done.stderr
+    for part in ('checkpoints not found: RN50 (', 'RN50.pt', str(tmp_path/'hub'), '--weights'): assert part in done.stderr, done.stderr
     assert not (tmp_path/'paper'/'tables').exists()
