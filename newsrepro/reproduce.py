@@ -487,6 +487,8 @@ def follow(process: subprocess.Popen, waiting: Sequence[Job], began: float, cons
     columns = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed}/{task.total} {task.fields[unit]}'), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         whole, rows, ended = bar.add_task('study', total=len(waiting), unit='notebooks'), {}, set()
+        def announce(job: Job) -> None:
+            if not console.is_terminal: show_line(console, 'began', f"{job.name}  {time.strftime('%H:%M:%S')}")
         while True:
             last = process.poll() is not None  # one more look after the end
             for job in (job for job in waiting if job.name not in ended):
@@ -494,11 +496,12 @@ def follow(process: subprocess.Popen, waiting: Sequence[Job], began: float, cons
                 if status == 'running':
                     if job.name not in rows:
                         rows[job.name] = bar.add_task(job.name, total=left['cells'], unit='cells')
-                        if not console.is_terminal: show_line(console, 'began', f"{job.name}  {time.strftime('%H:%M:%S')}")
+                        announce(job)
                     bar.update(rows[job.name], completed=left['cell'] - 1)
                 elif status in ('done', 'failed'):
                     ended.add(job.name)
                     if job.name in rows: bar.remove_task(rows.pop(job.name))
+                    else: announce(job)  # it was quicker than we look
                     bar.update(whole, completed=len(ended))
                     show_line(console, status, ended_line(job, status, left))
             if last: return

@@ -175,7 +175,7 @@ def test_a_megabyte(text):
     assert time.time() - began < 60  # 200 s for one word, before
 
 
-strange = st.text(st.one_of(st.characters(), st.sampled_from('"\r\n,\t\ufeff ')), max_size=20)
+strange = st.text(st.one_of(st.characters(exclude_categories=['Cs']), st.sampled_from('"\r\n,\t\ufeff ')), max_size=20)
 
 @settings(max_examples=100, deadline=None)
 @given(table=st.dictionaries(strange, strange, max_size=4))
