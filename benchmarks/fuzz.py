@@ -225,7 +225,7 @@ def read_whole_collection(path: Path):
 
 def check_collection(found) -> None:
     collection, told = found
-    assert set(collection.articles.split) <= {'train', 'test'} and set(collection.images.status) <= {'ok', 'missing', 'broken', 'oversized', 'outside'}
+    assert set(collection.articles.split) <= {'train', 'test'} and set(collection.images.status) <= {'ok', 'missing', 'broken', 'oversized', 'extreme', 'outside'}
     assert sum(part['articles'] for part in told['splits'].values()) == len(collection.articles)
     assert not collection.articles.duplicated(['dataset', 'split', 'article_id']).any() and all(collection.articles.article_id != '')
     assert all(map(is_text, told['problems'])) and len(collection.fingerprint) == 64

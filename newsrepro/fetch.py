@@ -82,7 +82,7 @@ def retry_after(value: str | None,  # header Retry-After
                ) -> float | None:  # seconds to wait; None where it says nothing
     "RFC 9110, section 10.2.3: a number of seconds, or a date."
     if not value: return None
-    if re.fullmatch(r'\s*[0-9]{1,9}\s*', value): return float(value)
+    if seconds := re.fullmatch(r'[ \t]*([0-9]{1,9})[ \t]*', value): return float(seconds[1])
     try:
         when = parsedate_to_datetime(value)
         return max(0., (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp() - now)

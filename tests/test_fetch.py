@@ -668,6 +668,12 @@ def test_fuzz(tmp_path):
     assert min(urls['url'], urls['bad_url'], urls['redirects']) > 10
 
 
+def test_a_separator_before_the_seconds_says_nothing():
+    "Found by fuzzing: it is a space to a regular expression and none to `float`."
+    from newsrepro.fetch import retry_after
+    assert [retry_after(value, 0) for value in ('\x1e20', ' 20\t', '20')] == [None, 20, 20]
+
+
 if __name__ == '__main__':  # python tests/test_fetch.py CASES SEED
     cases, seed = map(int, sys.argv[1:])
     for start in range(0, cases, 2000):
