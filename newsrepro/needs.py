@@ -316,7 +316,7 @@ class Needs:
     @property
     def running(self) -> list[Requirement]: return [one for one in self.notebooks if one.state not in ('up to date', 'skipped')]
     @property
-    def seconds(self) -> float: return sum(one.seconds for one in self.running if one.seconds == one.seconds)
+    def seconds(self) -> float: return sum(one.seconds for one in self.running)  # NaN where one of them is unknown
     @property
     def megabytes(self) -> float: return self.fetched + sum(one.work.megabytes for one in self.running if one.work)
     @property
@@ -325,7 +325,7 @@ class Needs:
 def as_json(needs: Needs) -> dict:
     "What `newsrepro reproduce --dry-run --json` prints."
     plain = lambda seconds: None if seconds != seconds else round(seconds, 1)
-    return dict(estimates=True, device=needs.device, seconds=round(needs.seconds, 1), megabytes=round(needs.megabytes, 1), to_fetch_megabytes=round(needs.fetched, 1),
+    return dict(estimates=True, device=needs.device, seconds=plain(needs.seconds), megabytes=round(needs.megabytes, 1), to_fetch_megabytes=round(needs.fetched, 1),
                 notebooks=[asdict(one) | dict(seconds=plain(one.seconds)) for one in needs.notebooks], models=[asdict(model) for model in needs.models])
 
 # %% ../nbs/24_needs.ipynb #show
