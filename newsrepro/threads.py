@@ -41,7 +41,7 @@ def threads_for(model: torch.nn.Module  # that is run inside
 # %% ../nbs/00a_threads.ipynb #at-once
 def at_once(model: torch.nn.Module  # one like those to be trained
            ) -> int:  # 1 or more
-    "How many such trainings to run side by side: one a thread if small, on the CPU and without dropout, else one."
+    "How many trainings to run side by side: one a thread if small, on the CPU, without dropout; else 1."
     draws = any(type(module).__name__.endswith('Dropout') and getattr(module, 'p', 1)
                 for module in model.modules())
     return torch.get_num_threads() if small_model(model) and not draws else 1
