@@ -3,7 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from shutil import copy2
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
@@ -17,7 +17,7 @@ class BuildWithNotebooks(build_py):
     def run(self):
         super().run()
         package, reference = Path(self.build_lib)/cfg['lib_name'], root/'reports'/'reference'
-        carried = {'notebooks': sorted((root/cfg['nbs_path']).glob('[0-9]*.ipynb')), 'reference': [reference/'manifest.json'],
+        carried = {'notebooks': sorted((root/cfg['nbs_path']/'methods').glob('[0-9]*.ipynb')), 'reference': [reference/'manifest.json'],
                    'reference/tables': sorted((reference/'tables').glob('*.csv'))}
         for folder, files in carried.items():
             (package/folder).mkdir(parents=True, exist_ok=True)
@@ -38,8 +38,9 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
     python_requires='>=' + cfg['min_python'],
-    packages=[cfg['lib_path']],
-    package_data={cfg['lib_name']: ['Snakefile', 'published.csv', 'mini_world.json', 'mini_collections.md', 'mini_checkpoints/*', 'mini_checkpoints/*/*', 'templates/*']},
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    package_data={cfg['lib_name']: ['Snakefile'], cfg['lib_name'] + '.study': ['published.csv', 'templates/*'],
+                  cfg['lib_name'] + '.mini': ['world.json', 'collections.md', 'checkpoints/*', 'checkpoints/*/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'features')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},

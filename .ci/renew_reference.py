@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from newsrepro.core import read_json, reference_dir, write_json
-from newsrepro.data import read_collection
-from newsrepro.needs import facts_of, work_of
-from newsrepro.registry import NOTEBOOKS, PAPER_LAYOUT
-from newsrepro.report import write_report
-from newsrepro.study import mini_root
+from newsrepro.core.base import read_json, reference_dir, write_json
+from newsrepro.data.collection import read_collection
+from newsrepro.study.needs import facts_of, work_of
+from newsrepro.study.registry import NOTEBOOKS, PAPER_LAYOUT
+from newsrepro.study.report import write_report
+from newsrepro.study.study import mini_root
 
 root = Path(__file__).resolve().parent.parent
 
@@ -61,7 +61,7 @@ def renew(report: Path) -> None:
         shutil.copytree(report/name, target/name)
     write_json(target/'manifest.json', with_work(manifest))
     write_report(target)  # held against nothing, as it is what others are held against
-    for notebook in NOTEBOOKS: take_outputs(report/'notebooks'/f'{notebook.name}.ipynb', root/'nbs'/f'{notebook.name}.ipynb')
+    for notebook in NOTEBOOKS: take_outputs(report/'notebooks'/f'{notebook.name}.ipynb', root/'nbs'/'methods'/f'{notebook.name}.ipynb')
 
 
 if __name__ == '__main__': renew(Path(sys.argv[1]) if len(sys.argv) > 1 else root/'reports'/'mini')

@@ -19,15 +19,15 @@ def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
 
 
 def read_texts(folder: str) -> list[str]:
-    from newsrepro.data import read_collection
-    from newsrepro.study import resolve_data
+    from newsrepro.data.collection import read_collection
+    from newsrepro.study.study import resolve_data
     articles = read_collection(resolve_data(folder, 'newsimages2021')).articles
     return (articles.title + ' ' + articles.text).tolist()
 
 
 def measure(folder: str, language: str, preset: str, sample: int = 300) -> dict:
     texts = read_texts(folder)
-    from newsrepro import cleaning
+    from newsrepro.text import cleaning
     before, row = peak(), {'texts': len(texts)}
     for name in ('first', 'again'):
         start = time.process_time()

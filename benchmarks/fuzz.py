@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from newsrepro.core import InputError
+from newsrepro.core.base import InputError
 
 EXTREMES = [b'0', b'-1', b'-0', b'1e309', b'-1e309', b'nan', b'inf', b'9'*30, b'2147483648', b'18446744073709551616',
             b'1e-400', b'1_000', '٣'.encode(), b'0x10', b'']
@@ -109,7 +109,7 @@ def run_seeds() -> list[bytes]:
 
 
 def read_run_file(path: Path):
-    from newsrepro.runs import read_run
+    from newsrepro.ranking.runs import read_run
     return read_run(path, shortest=1)
 
 
@@ -129,7 +129,7 @@ def table_seeds() -> list[bytes]:
 
 
 def read_any_table(path: Path):
-    from newsrepro.data import read_table
+    from newsrepro.data.collection import read_table
     return read_table(path)
 
 
@@ -155,7 +155,7 @@ def translation_seeds() -> list[bytes]:
 
 
 def read_translation_table(path: Path):
-    from newsrepro.text import read_translations
+    from newsrepro.text.language import read_translations
     return read_translations(path)
 
 
@@ -168,7 +168,7 @@ def truth_seeds() -> list[bytes]:
 
 
 def read_truth_table(path: Path):
-    from newsrepro.runs import read_truth
+    from newsrepro.ranking.runs import read_truth
     return read_truth(path)
 
 
@@ -193,7 +193,7 @@ def picture_seeds() -> list[bytes]:
 
 
 def read_picture(path: Path):
-    from newsrepro.data import open_image
+    from newsrepro.data.collection import open_image
     return open_image(path)
 
 
@@ -218,7 +218,7 @@ def collection_seeds() -> list[bytes]:
 
 
 def read_whole_collection(path: Path):
-    from newsrepro.data import check_data, read_collection
+    from newsrepro.data.collection import check_data, read_collection
     folder = path.parent if path.parent.name != 'images' else path.parent.parent
     return read_collection(folder), check_data(folder)
 
@@ -250,7 +250,7 @@ def weight_seeds() -> list[bytes]:
 
 
 def read_checkpoint(path: Path):
-    from newsrepro.embed import read_weights
+    from newsrepro.models.embed import read_weights
     return read_weights(path)
 
 
@@ -268,7 +268,7 @@ TABLE = ROWS + 'RT,test,RN50,R@1,0.25,0.2,0.3,40,,,mini,x:1,c:1,0,abc\nRT,test,R
 
 
 def read_report_table(path: Path):
-    from newsrepro.verify import verify
+    from newsrepro.study.verify import verify
     folder = path.parent.parent if path.parent.name == 'tables' else path.parent
     return verify(folder, Path(folder.parent/'other'))
 
@@ -313,7 +313,7 @@ def notebook_seeds() -> list[bytes]:
 
 
 def read_parameters(path: Path):
-    from newsrepro.registry import notebook_parameters
+    from newsrepro.study.registry import notebook_parameters
     return notebook_parameters.__wrapped__(path)
 
 
@@ -326,7 +326,7 @@ def source_seeds() -> list[bytes]: return [PARAMETERS.encode()]
 
 
 def read_source(path: Path):
-    from newsrepro.registry import parse_parameters
+    from newsrepro.study.registry import parse_parameters
     return parse_parameters(path.read_bytes().decode('utf-8', 'surrogateescape'))
 
 
@@ -338,8 +338,8 @@ def beside_set(folder: Path) -> None: (folder/'1_toy.ipynb').write_bytes(noteboo
 
 
 def read_set(path: Path):
-    from newsrepro.registry import Notebook, check_value, notebook_parameters
-    from newsrepro.reproduce import parse_set
+    from newsrepro.study.registry import Notebook, check_value, notebook_parameters
+    from newsrepro.study.reproduce import parse_set
     text = path.read_bytes().decode('utf-8', 'surrogateescape')  # as the system hands arguments over
     _, name, value = parse_set(text, [Notebook('1_toy', 'zhang2022', 'a toy', ())], path.parent)
     return name, check_value('1_toy', notebook_parameters(path.parent/'1_toy.ipynb')[name], value)
@@ -359,7 +359,7 @@ def header_seeds() -> list[bytes]: return [b'120', b'Wed, 21 Oct 2026 07:28:00 G
 
 
 def read_header(path: Path):
-    from newsrepro.fetch import retry_after
+    from newsrepro.data.fetch import retry_after
     return retry_after(path.read_bytes().decode('latin-1'), 1.8e9)
 
 
@@ -371,7 +371,7 @@ def url_seeds() -> list[bytes]:
 
 
 def read_url(path: Path):
-    from newsrepro.fetch import Dropped, checked_url
+    from newsrepro.data.fetch import Dropped, checked_url
     try: return checked_url(path.read_bytes().decode('utf-8', 'replace'))
     except Dropped as error:
         assert error.outcome in ('bad_url', 'bad_address')

@@ -13,8 +13,8 @@ import time
 import numpy as np
 import torch
 
-from newsrepro.one_to_one import assign, dual_softmax_top_k
-from newsrepro.retrieve import block_sizes, top_k
+from newsrepro.ranking.one_to_one import assign, dual_softmax_top_k
+from newsrepro.ranking.retrieve import block_sizes, top_k
 
 
 def unit_rows(n, dim, seed, centre=.3):

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltImageProcessorPil
 
-from newsrepro.single_stream import Effort, Matcher, PictureRule, new_vilt, quantised, rank_pairs
+from newsrepro.models.single_stream import Effort, Matcher, PictureRule, new_vilt, quantised, rank_pairs
 
 POOL = 1915  # articles and pictures of the paper's test set
 NAMES = {'ours': 'ours, all pairs from texts and files', 'encoder': 'bare encoder of `transformers` on ready embeddings',

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]  # without the name of the program
     try: code = app(list(arguments), prog_name='newsrepro', standalone_mode=False) or 0
     except _UsageError as error: return fail(f'{error.format_message()} See `newsrepro --help`.', 2)
     except ValueError as error:
-        from newsrepro.core import InputError
+        from newsrepro.core.base import InputError
         if not isinstance(error, InputError): raise
         return fail(error, 2)
     except BrokenPipeError: raise
@@ -102,15 +102,15 @@ def reproduce(
 ) -> int:
     "Run the notebooks of the study and write the report; what is up to date is skipped, what was interrupted resumes."
     if as_json and not dry_run: raise typer.BadParameter('--json goes with --dry-run')
-    from newsrepro.needs import as_json as plan_json
-    from newsrepro.reproduce import reproduce
+    from newsrepro.study.needs import as_json as plan_json
+    from newsrepro.study.reproduce import reproduce
     told = (lambda needs: print_json(plan_json(needs))) if as_json else None
     return reproduce(profile, data, device, weights, only or (), sets or (), out, jobs, force, dry_run, told=told)
 
 # %% ../nbs/30_cli.ipynb #verify
-def print_verified(found: Mapping) -> None:  # of `newsrepro.verify.verify`
+def print_verified(found: Mapping) -> None:  # of `newsrepro.study.verify.verify`
     "Print the verdicts by table, the largest differences, and what may explain them."
-    from newsrepro.verify import VERDICTS, summary_line
+    from newsrepro.study.verify import VERDICTS, summary_line
     target, number = console(), lambda value: '' if value is None else f'{value:.6g}'
     target.print(simple_table(['table', *VERDICTS], [[name, *(counts[v] for v in VERDICTS)] for name, counts in found['tables'].items()], right=VERDICTS))
     if found['worst']:
@@ -131,8 +131,8 @@ def verify(
     as_json: JSON = False,
 ) -> int:
     "Hold each number of a report against a reference: identical, close or different. Exit code 1 where one differs or is missing."
-    from newsrepro.reproduce import check_profile, report_folder
-    from newsrepro.verify import is_verified, verify
+    from newsrepro.study.reproduce import check_profile, report_folder
+    from newsrepro.study.verify import is_verified, verify
     found = verify(folder or report_folder(check_profile(profile)), against)
     print_json(found) if as_json else print_verified(found)
     return int(not is_verified(found))
@@ -156,7 +156,7 @@ def list_notebooks(
     as_json: JSON = False,
 ) -> None:
     "The notebooks: what each makes, its parameters, and whether its results are up to date."
-    from newsrepro.reproduce import check_profile, overview, report_folder
+    from newsrepro.study.reproduce import check_profile, overview, report_folder
     found = overview(report_folder(check_profile(profile), out))
     if as_json: return print_json(found)
     target = console()
@@ -164,7 +164,7 @@ def list_notebooks(
     target.print(f"results in {found['out']}", soft_wrap=True, markup=False)
 
 # %% ../nbs/30_cli.ipynb #check-data
-def count_rows(splits: Mapping[str, Mapping]  # of `newsrepro.data.check_data`
+def count_rows(splits: Mapping[str, Mapping]  # of `newsrepro.data.collection.check_data`
               ) -> list[tuple[str, str, dict[str, int]]]:  # set, part, counts by name
     "One row a set and part, and one for all sets of a part where there are several."
     rows = []
@@ -179,7 +179,7 @@ def check_data(
     as_json: JSON = False,
 ) -> None:
     "What a collection holds: layout, counts per split, and everything wrong with it."
-    from newsrepro.data import check_data
+    from newsrepro.data.collection import check_data
     found = check_data(folder)
     if as_json: return print_json(found)
     target = console()
@@ -195,7 +195,7 @@ def fetch_progress():
     "Yield what shows the progress of `fetch_images` on stderr; it shows nothing where that is no terminal."
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from newsrepro.fetch import OUTCOMES
+    from newsrepro.data.fetch import OUTCOMES
     dropped, screen = 0, Console(stderr=True)
     columns = ['fetching', BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[rate]} images/s, {task.fields[dropped]} dropped'), TimeRemainingColumn()]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
@@ -208,7 +208,7 @@ def fetch_progress():
             bar.update(task, completed=done, total=of, rate=f'{done/elapsed:.0f}' if elapsed > .2 else '-', dropped=dropped)
         yield show
 
-def shared_lines(found: Mapping,  # of `newsrepro.fetch.fetch_images`
+def shared_lines(found: Mapping,  # of `newsrepro.data.fetch.fetch_images`
                  most: int = 5  # placeholders that are named
                 ) -> list[str]:
     "What to know of pictures that came from several URLs, and of URLs that were mended."
@@ -223,9 +223,9 @@ def shared_lines(found: Mapping,  # of `newsrepro.fetch.fetch_images`
     if found['mended']: lines.append(f"{found['mended']} URLs were mended before they were asked; see asked_as in the report")
     return lines
 
-def print_fetched(found: Mapping) -> None:  # of `newsrepro.fetch.fetch_images`
+def print_fetched(found: Mapping) -> None:  # of `newsrepro.data.fetch.fetch_images`
     "Print what became of the images."
-    from newsrepro.fetch import OUTCOMES
+    from newsrepro.data.fetch import OUTCOMES
     target, asked = console(), found['asked']
     rows = [[outcome.replace('_', ' '), n, OUTCOMES[outcome][1]] for outcome, n in found['outcomes'].items()]
     target.print(simple_table(['outcome', 'images', 'meaning'], rows, right=['images']))
@@ -236,7 +236,7 @@ def print_fetched(found: Mapping) -> None:  # of `newsrepro.fetch.fetch_images`
         target.print(line, markup=False, soft_wrap=True)
 
 # %% ../nbs/30_cli.ipynb #fetch-settings
-from .fetch_settings import FetchSettings
+from .data.fetch_settings import FetchSettings
 
 # %% ../nbs/30_cli.ipynb #fetch-command
 @app.command('fetch-images')
@@ -265,7 +265,7 @@ def fetch_images(
     """Download the images that a collection names by URL; what is there is not asked for, and an interrupted run is resumed.
 
     DIR/fetch-report.csv says what became of each image, and why. Exit code 0: nothing is left that could come; 1: something may come in another run."""
-    from newsrepro.fetch import fetch_images
+    from newsrepro.data.fetch import fetch_images
     settings = FetchSettings(jobs=jobs, per_host=per_host, timeout=timeout, deadline=deadline, max_bytes=max_bytes,
                              max_pixels=max_pixels, retries=retries, max_wait=max_wait, user_agent=user_agent,
                              allow_private=allow_private, convert=convert, placeholder_urls=placeholder_urls,
@@ -288,7 +288,7 @@ def _pool(table: Path | None) -> str | None:
 @app.command()
 def evaluate(run: _run_file('RUN'), truth: Truth, pool: Pool = None, allow_short: Short = False, as_json: JSON = False) -> None:
     "The official metrics of a run file."
-    from newsrepro.runs import evaluate_files
+    from newsrepro.ranking.runs import evaluate_files
     found = evaluate_files(str(run), str(truth), _pool(pool), allow_short)
     if as_json: return print_json(found)
     rows = [[name, value if isinstance(value, int) else f'{value:.5f}'] for name, value in found.items()]
@@ -301,7 +301,7 @@ def compare(
     metric: Annotated[str, typer.Option(help='MRR@K or R@K, with K from 1 to 100.')] = 'MRR@100', as_json: JSON = False,
 ) -> None:
     "The difference of two run files, with its interval and a paired test."
-    from newsrepro.runs import compare_files
+    from newsrepro.ranking.runs import compare_files
     found = compare_files(str(run_a), str(run_b), str(truth), _pool(pool), allow_short, metric)
     if as_json: return print_json(found)
     (low, high), target = found['ci95'], console()

@@ -18,7 +18,7 @@ os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_WA
 @pytest.fixture(scope='session', params=['generated', 'official'])
 def newsimages2021(request):
     "A folder in the layout of 2021: the generated collection, and the organisers' texts where a copy lies beside the repository."
-    from newsrepro.study import mini_root
+    from newsrepro.study.study import mini_root
     folder = mini_root()/'newsimages2021' if request.param == 'generated' else ROOT.parent/'shared'/'data'/'newsimages2021'
     if not folder.is_dir(): pytest.skip(f'{request.param}: no copy of NewsImages 2021 beside the repository')
     return folder

@@ -11,11 +11,11 @@ import pytest
 import regex
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from newsrepro import cleaning
-from newsrepro.cleaning import (KINDS, PAPER_ORDER, PRESETS, SENSIBLE_ORDER, SLANG, STEPS, TWEET_STEPS, clean,
+from newsrepro.text import cleaning
+from newsrepro.text.cleaning import (KINDS, PAPER_ORDER, PRESETS, SENSIBLE_ORDER, SLANG, STEPS, TWEET_STEPS, clean,
                                 clean_all, parse_steps)
-from newsrepro.core import InputError
-from newsrepro.data import read_collection
+from newsrepro.core.base import InputError
+from newsrepro.data.collection import read_collection
 
 
 FAMILY, SKIN, FLAG, KEYCAP, ENGLAND, RAINBOW = '👨‍👩‍👧‍👦', '👍🏽', '🇩🇪', '1️⃣', '🏴󠁧󠁢󠁥󠁮󠁧󠁿', '🏳️‍🌈'
@@ -111,7 +111,7 @@ def test_memory_changes_no_result(monkeypatch):
 
 def test_corrections_do_not_hang_on_the_hash_seed():
     "Candidates come from a set of strings, whose order differs from process to process."
-    code = "from newsrepro.cleaning import clean; print(clean('they wroe the smoll thign abuot a brownn haus', 'typos'), clean('#letsgetthisdone', 'hashtags'))"
+    code = "from newsrepro.text.cleaning import clean; print(clean('they wroe the smoll thign abuot a brownn haus', 'typos'), clean('#letsgetthisdone', 'hashtags'))"
     outputs = {subprocess.run([sys.executable, '-c', code], env={'PYTHONHASHSEED': seed}, capture_output=True, text=True, check=True).stdout for seed in '12'}
     assert len(outputs) == 1
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 import ftfy  # noqa: F401, registers the codec sloppy-windows-1252
 from PIL import Image
 
-from newsrepro.core import InputError, atomic_path
-from newsrepro.data import (ZHANG_SAMPLE, check_data, chronological_split, open_image, parse_dates,
+from newsrepro.core.base import InputError, atomic_path
+from newsrepro.data.collection import (ZHANG_SAMPLE, check_data, chronological_split, open_image, parse_dates,
                             random_split, read_collection, read_table, repair_mojibake, sample_pairs)
 
 pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
@@ -169,7 +169,7 @@ def test_latin_1_would_not_do():
 
 @official
 def test_check_data_of_the_official_release():
-    code = "import json; from newsrepro.data import check_data; print(json.dumps(check_data('DIR')))".replace('DIR', str(OFFICIAL))
+    code = "import json; from newsrepro.data.collection import check_data; print(json.dumps(check_data('DIR')))".replace('DIR', str(OFFICIAL))
     said = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout)
     assert said['layout'] == 'newsimages2021'
     for split, n in dict(train=7530, test=1915).items():

@@ -2,12 +2,12 @@
 import numpy as np
 import pytest
 
-from newsrepro.core import InputError
-from newsrepro.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, marked,
+from newsrepro.core.base import InputError
+from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, marked,
                                     with_distractors, without_images)
-from newsrepro.metrics import rank_of_truth
-from newsrepro.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
-from newsrepro.pool import Pool, column_ranks, ranks_by_score, scored_lists
+from newsrepro.ranking.metrics import rank_of_truth
+from newsrepro.ranking.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
+from newsrepro.ranking.pool import Pool, column_ranks, ranks_by_score, scored_lists
 
 
 def make_case(n=60, m=60, noise=1.5, seed=0, hubs=2.):

@@ -24,9 +24,9 @@ import pytest
 import trustme
 from PIL import Image
 
-from newsrepro.core import InputError
-from newsrepro.data import check_data, read_collection
-from newsrepro.fetch import (COLUMNS, JOURNAL, LOCK, OUTCOMES, REPORT, Dropped, FetchSettings, PublicBackend, checked_url,
+from newsrepro.core.base import InputError
+from newsrepro.data.collection import check_data, read_collection
+from newsrepro.data.fetch import (COLUMNS, JOURNAL, LOCK, OUTCOMES, REPORT, Dropped, FetchSettings, PublicBackend, checked_url,
                              fetch_images, plan, read_report, retry_after, summary, write_report)
 
 QUICK = dict(timeout=1, deadline=3, retries=1, max_wait=2, allow_private=True, max_bytes=2**20)
@@ -387,7 +387,7 @@ def test_interrupted_it_writes_its_report(slow, tmp_path):
 def test_memory_stays_bounded(server, tmp_path):
     "Eight endless bodies at a time, of which 64 MiB each are read; the files are the only place where they are."
     folder = collection(tmp_path/'c', {f'e{n}': f'{server.url}/endless/{n}' for n in range(8)} | {'b': f'{server.url}/bomb'})
-    code = ('import os, resource, sys\nfrom newsrepro.fetch import FetchSettings, fetch_images\n'
+    code = ('import os, resource, sys\nfrom newsrepro.data.fetch import FetchSettings, fetch_images\n'
             'def high():\n'  # MiB; Linux counts the parent's peak into ru_maxrss, but not into VmHWM
             '    if not os.path.exists("/proc/self/status"): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20\n'
             '    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])/1024\n'
@@ -401,7 +401,7 @@ def test_memory_stays_bounded(server, tmp_path):
 
 
 def test_a_full_disk_ends_the_run(server, tmp_path, monkeypatch):
-    import newsrepro.fetch as fetch
+    import newsrepro.data.fetch as fetch
     def full(*_): raise OSError(28, 'No space left on device')
     folder = collection(tmp_path/'c', {f'i{n}': f'{server.url}/good/{n}' for n in range(20)})
     with monkeypatch.context() as patched:
@@ -515,7 +515,7 @@ def test_killed_while_dropping(placeholders, tmp_path, monkeypatch):
     folder = spread(placeholders, tmp_path/'c')
     fetch_images(folder, FetchSettings(**QUICK))
     with monkeypatch.context() as patched:
-        patched.setattr('newsrepro.fetch.Path.unlink', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr('newsrepro.data.fetch.Path.unlink', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt): fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))
     placeholders.asked.clear()
     assert fetch_images(folder, FetchSettings(**QUICK, drop_placeholders=True))['outcomes'] == dict(present=7, placeholder=5)
@@ -670,7 +670,7 @@ def test_fuzz(tmp_path):
 
 def test_a_separator_before_the_seconds_says_nothing():
     "Found by fuzzing: it is a space to a regular expression and none to `float`."
-    from newsrepro.fetch import retry_after
+    from newsrepro.data.fetch import retry_after
     assert [retry_after(value, 0) for value in ('\x1e20', ' 20\t', '20')] == [None, 20, 20]
 
 

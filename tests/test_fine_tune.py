@@ -14,21 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from newsrepro import fine_tune as module
-from newsrepro.checkpoints import MissingCheckpoint, find_backbone
-from newsrepro.core import InputError
-from newsrepro.embed import load_encoder
-from newsrepro.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out,
+from newsrepro.methods import fine_tune as module
+from newsrepro.core.checkpoints import MissingCheckpoint, find_backbone
+from newsrepro.core.base import InputError
+from newsrepro.models.embed import load_encoder
+from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out,
                                  load_fine_tuned, make_recipe, model_key, news_texts, save_fine_tuned)
-from newsrepro.train import PUBMEDCLIP, prune
+from newsrepro.models.train import PUBMEDCLIP, prune
 
 ENTRY = find_backbone('ViT-B/32', 'mini')
 MAKE = '''
 import torch
-from newsrepro.checkpoints import find_backbone
-from newsrepro.embed import load_encoder
-from newsrepro.fine_tune import fine_tune
-from newsrepro.train import Pairs, Recipe
+from newsrepro.core.checkpoints import find_backbone
+from newsrepro.models.embed import load_encoder
+from newsrepro.methods.fine_tune import fine_tune
+from newsrepro.models.train import Pairs, Recipe
 torch.set_num_threads(1)
 draw = torch.Generator().manual_seed(0)
 start = load_encoder(find_backbone('ViT-B/32', 'mini'))

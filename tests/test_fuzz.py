@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.core import InputError
+from newsrepro.core.base import InputError
 
 spec = importlib.util.spec_from_file_location('fuzz', Path(__file__).parents[1]/'benchmarks'/'fuzz.py')
 fuzz = sys.modules['fuzz'] = importlib.util.module_from_spec(spec)

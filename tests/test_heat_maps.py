@@ -9,8 +9,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw
 
-from newsrepro.core import InputError
-from newsrepro.heat_maps import (RED, Panel, cosine_cost, draw_figure, draw_pair, heat_map, overlay,
+from newsrepro.core.base import InputError
+from newsrepro.models.heat_maps import (RED, Panel, cosine_cost, draw_figure, draw_pair, heat_map, overlay,
                                  transport_cost, transport_plan, word_map, wrap)
 
 TRAINING, DRAWING = dict(beta=.5, iterations=50), dict(beta=.1, iterations=1000)

@@ -17,17 +17,17 @@ from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltImageProcessorPil
 
-from newsrepro.core import InputError
-from newsrepro.match import (IGNORED, MatchRecipe, NewsPairs, alignment_loss, draw_pictures, draw_texts,
+from newsrepro.core.base import InputError
+from newsrepro.models.match import (IGNORED, MatchRecipe, NewsPairs, alignment_loss, draw_pictures, draw_texts,
                              load_news_pairs, mask_words, matching_loss, pad_pictures, pad_texts,
                              retrieval_loss, right_pictures, step_loss, train_matcher, trained_matcher,
                              validate_matching, word_loss)
-from newsrepro.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt, match_logits,
+from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt, match_logits,
                                      new_vilt, rank_pairs, save_vilt)
-from newsrepro.train import digest
+from newsrepro.models.train import digest
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
-CHILDREN.set_forkserver_preload(['newsrepro.match', 'ot', 'pytest', 'transformers.models.vilt.image_processing_pil_vilt',
+CHILDREN.set_forkserver_preload(['newsrepro.models.match', 'ot', 'pytest', 'transformers.models.vilt.image_processing_pil_vilt',
                                  'transformers.models.bert.tokenization_bert'])
 PIECES = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'red', 'green', 'blue', 'grey', 'left', 'right',
           '##ish', '##ness', 'a', 'square', 'small']

@@ -5,8 +5,8 @@ import ranx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from newsrepro.core import InputError
-from newsrepro.metrics import MEASURES, measure, rank_by_score, rank_of_truth, summarise, tie_order
+from newsrepro.core.base import InputError
+from newsrepro.ranking.metrics import MEASURES, measure, rank_by_score, rank_of_truth, summarise, tie_order
 
 steady = settings(deadline=None, derandomize=True)
 

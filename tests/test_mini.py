@@ -10,10 +10,10 @@ import sys
 import pytest
 from PIL import Image
 
-from newsrepro.core import InputError
-from newsrepro.data import read_collection
-from newsrepro.mini import World, caption_texts, captioned, make_mini, news, thing_names
-from newsrepro.mini_pictures import world_table
+from newsrepro.core.base import InputError
+from newsrepro.data.collection import read_collection
+from newsrepro.mini.collections import World, caption_texts, captioned, make_mini, news, thing_names
+from newsrepro.mini.pictures import world_table
 
 SMALL = World(portal=(60, 30), rss=(40, 30), rt=(40, 30), tw=(60, 30), captions=120)
 SETS = ('RSS', 'RT', 'TW')
@@ -37,7 +37,7 @@ def test_same_bytes_with_several_workers(mini, tmp_path):
 
 
 def test_same_bytes_in_another_process(mini, tmp_path):
-    code = f'from newsrepro.mini import *; make_mini({str(tmp_path/"two")!r}, workers=1, world={SMALL!r})'
+    code = f'from newsrepro.mini.collections import *; make_mini({str(tmp_path/"two")!r}, workers=1, world={SMALL!r})'
     subprocess.run([sys.executable, '-c', code], check=True, env={'PYTHONHASHSEED': '7', 'PATH': ''}, cwd=tmp_path)
     assert digest(tmp_path/'two') == digest(mini)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from newsrepro.core import PACKAGE
-from newsrepro.registry import Notebook, notebook_parameters
-from newsrepro.reproduce import identity_of, make_plan
+from newsrepro.core.base import PACKAGE
+from newsrepro.study.registry import Notebook, notebook_parameters
+from newsrepro.study.reproduce import identity_of, make_plan
 
 CORE = '''profile: str = 'mini'  # which checkpoints
 data: str = 'mini'  # which collection
@@ -40,8 +40,9 @@ STUDY = (Notebook('1_square', 'toy', 'A square', ('square',)), Notebook('2_doubl
 DRIVER = '''import sys
 from functools import partial
 from pathlib import Path
-from newsrepro import cli, reproduce
-from newsrepro.registry import Notebook
+from newsrepro import cli
+from newsrepro.study import reproduce
+from newsrepro.study.registry import Notebook
 study, folder = eval(sys.argv.pop(1)), Path(sys.argv.pop(1))
 for name in ('reproduce', 'overview'): setattr(reproduce, name, partial(getattr(reproduce, name), notebooks=study, folder=folder))
 cli.main()'''
@@ -296,8 +297,8 @@ def test_what_a_change_makes_stale(toys, tmp_path):
 
 def test_parameters_are_those_that_papermill_finds(toys):
     import papermill
-    from newsrepro.core import notebooks_dir
-    from newsrepro.registry import NOTEBOOKS
+    from newsrepro.core.base import notebooks_dir
+    from newsrepro.study.registry import NOTEBOOKS
     for path in [toys/'2_double.ipynb', *(notebooks_dir()/f'{n.name}.ipynb' for n in NOTEBOOKS)]:
         theirs = papermill.inspect_notebook(path)
         assert {name: p['help'] for name, p in theirs.items()} == {name: p.help for name, p in notebook_parameters(path).items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.registry import NOTEBOOKS
+from newsrepro.study.registry import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {notebook.name for notebook in NOTEBOOKS}
@@ -62,8 +62,8 @@ def needs(paths) -> set[str]: return set().union(*(imported(path) for path in pa
 
 def needed() -> dict[str, set[str]]:
     "As `required`, read from the code."
-    notebooks = sorted((ROOT/'nbs').glob('*.ipynb'))
-    run = needs([*(ROOT/'newsrepro').glob('*.py'), *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
+    notebooks = sorted((ROOT/'nbs').rglob('*.ipynb'))
+    run = needs([*(ROOT/'newsrepro').rglob('*.py'), *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
     features = {'sentence-transformers'}  # `embed` asks whether it is there before it imports it
     develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'), *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
     return dict(run=run - features, dev=develop - run - features, features=features & run)

@@ -4,9 +4,9 @@ import pytest
 import ranx
 import torch
 
-from newsrepro.core import InputError
-from newsrepro.one_to_one import assign, dual_softmax, dual_softmax_top_k, dual_softmax_top_k_of, fuse
-from newsrepro.retrieve import from_keys, ranked_lists, to_keys, top_k
+from newsrepro.core.base import InputError
+from newsrepro.ranking.one_to_one import assign, dual_softmax, dual_softmax_top_k, dual_softmax_top_k_of, fuse
+from newsrepro.ranking.retrieve import from_keys, ranked_lists, to_keys, top_k
 
 
 def unit(n, dim, seed, centre=.3):

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from newsrepro.checkpoints import PAPER_BACKBONES
+from newsrepro.core.checkpoints import PAPER_BACKBONES
 from newsrepro.cli import run as command
-from newsrepro.core import InputError
-from newsrepro.metrics import MEASURES
-from newsrepro.runs import (compare_files, deobfuscate, evaluate_files, obfuscate, read_run, read_truth,
+from newsrepro.core.base import InputError
+from newsrepro.ranking.metrics import MEASURES
+from newsrepro.ranking.runs import (compare_files, deobfuscate, evaluate_files, obfuscate, read_run, read_truth,
                             write_run)
-from newsrepro.study import run_file
+from newsrepro.study.study import run_file
 
 steady = settings(deadline=None, derandomize=True)
 OFFICIAL = Path(__file__).resolve().parents[2] / 'shared/data/newsimages2021'
@@ -92,7 +92,7 @@ def test_evaluation_starts_fast(tmp_path):
     "Nothing slow to import on the way to an evaluation"
     (tmp_path / 'gt.csv').write_text('article_id,image_id\na,i\nb,j\n')
     write_run(tmp_path / 'run.tsv', {'a': ['i', 'j']})
-    script = ('import sys; from newsrepro.runs import evaluate_files; assert evaluate_files(*sys.argv[1:])["R@1"] == 1/2; '
+    script = ('import sys; from newsrepro.ranking.runs import evaluate_files; assert evaluate_files(*sys.argv[1:])["R@1"] == 1/2; '
               'assert not {"torch", "scipy", "transformers", "open_clip", "matplotlib"} & set(sys.modules)')
     subprocess.run([sys.executable, '-c', script, tmp_path / 'run.tsv', tmp_path / 'gt.csv'], check=True)
 

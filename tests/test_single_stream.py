@@ -25,15 +25,15 @@ from transformers import (BertTokenizer, ViltConfig, ViltForImageAndTextRetrieva
 from transformers.image_utils import ChannelDimension
 from transformers.models.vilt.image_processing_pil_vilt import get_resize_output_image_size
 
-import newsrepro.single_stream as stream
-from newsrepro.core import InputError
-from newsrepro.metrics import tie_order
-from newsrepro.runs import write_run
-from newsrepro.single_stream import (Effort, Journal, PictureRule, encode_pairs, load_picture, load_vilt,
+import newsrepro.models.single_stream as stream
+from newsrepro.core.base import InputError
+from newsrepro.ranking.metrics import tie_order
+from newsrepro.ranking.runs import write_run
+from newsrepro.models.single_stream import (Effort, Journal, PictureRule, encode_pairs, load_picture, load_vilt,
                                      matched_lists, quantised, rank_pairs, start_from_vit, untaught)
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
-CHILDREN.set_forkserver_preload(['newsrepro.single_stream', 'newsrepro.runs', 'hypothesis', 'pytest', 'scipy.stats',
+CHILDREN.set_forkserver_preload(['newsrepro.models.single_stream', 'newsrepro.ranking.runs', 'hypothesis', 'pytest', 'scipy.stats',
                                  'transformers.models.vilt.image_processing_pil_vilt', 'transformers.models.bert.tokenization_bert'])
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 WORDS = ['the', 'river', 'flood', 'bridge', 'new', 'cologne', 'dog', 'minister', 'election', '##ing',

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.registry import NOTEBOOKS as METHOD_NOTEBOOKS
+from newsrepro.study.registry import NOTEBOOKS as METHOD_NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 METHODS = {notebook.name for notebook in METHOD_NOTEBOOKS}
 
 
@@ -35,8 +35,8 @@ def run(command, cwd):
 
 
 def differing(one: Path, other: Path, pattern: str) -> list[str]:
-    names = {p.name for p in one.glob(pattern)} | {p.name for p in other.glob(pattern)}
-    return sorted(name for name in names if not ((one/name).exists() and (other/name).exists() and filecmp.cmp(one/name, other/name, shallow=False)))
+    names = {path.relative_to(root) for root in (one, other) for path in root.rglob(pattern)}
+    return sorted(str(name) for name in names if not ((one/name).exists() and (other/name).exists() and filecmp.cmp(one/name, other/name, shallow=False)))
 
 
 def test_clean_leaves_no_diff(copy):
@@ -85,7 +85,7 @@ def test_notebook_form(path):
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if re.match(r'1\d_', p.name)], ids=lambda p: p.stem)
 def test_method_notebook_declares_the_core_parameters(path):
-    from newsrepro.registry import CORE, notebook_parameters
+    from newsrepro.study.registry import CORE, notebook_parameters
     parameters = notebook_parameters(path)
     assert set(CORE) <= set(parameters)
     assert [name for name, parameter in parameters.items() if not parameter.help] == []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.registry import NOTEBOOKS, published_table
-from newsrepro.study import mini_root
+from newsrepro.study.registry import NOTEBOOKS, published_table
+from newsrepro.study.study import mini_root
 
 NEWSREPRO = Path(sys.executable).with_name('newsrepro')
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MarianConfig, MarianMTModel
 
-from newsrepro import text as text_module
-from newsrepro.checkpoints import TRANSLATORS, find_model
-from newsrepro.core import InputError
-from newsrepro.data import read_collection, repair_mojibake
-from newsrepro.text import (TranslationMemory, detect_languages, find_translator, load_marian, paragraphs,
+from newsrepro.text import language as text_module
+from newsrepro.core.checkpoints import TRANSLATORS, find_model
+from newsrepro.core.base import InputError
+from newsrepro.data.collection import read_collection, repair_mojibake
+from newsrepro.text.language import (TranslationMemory, detect_languages, find_translator, load_marian, paragraphs,
                             select, sentences, translate_batches, windows)
 
 GERMAN = ['Warum?', 'Die Bahn kommt.', 'Ein Bär!', 'Der Rhein tritt über die Ufer.', 'Die Feuerwehr rettet einen Hund aus dem Fluss.', 'Köln baut eine neue Brücke über den Rhein, sagt die Stadt.',
@@ -97,7 +97,7 @@ def test_true_architecture(hub, tmp_path, monkeypatch):
 CHILD = """
 import sys
 from pathlib import Path
-from newsrepro.text import MarianTranslator, TranslationMemory
+from newsrepro.text.language import MarianTranslator, TranslationMemory
 texts = Path(sys.argv[3]).read_text(encoding='utf-8').splitlines()
 MarianTranslator('opus', Path(sys.argv[1]), TranslationMemory(sys.argv[2]), budget=20)(texts)
 """

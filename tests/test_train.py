@@ -13,18 +13,18 @@ from open_clip.loss import ClipLoss
 from open_clip.transformer import PatchDropout
 from tqdm import tqdm
 
-import newsrepro.train as training
-from newsrepro.checkpoints import find_backbone
-from newsrepro.core import InputError
-from newsrepro.embed import build_model
-from newsrepro.threads import at_once
-from newsrepro.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short,
+import newsrepro.models.train as training
+from newsrepro.core.checkpoints import find_backbone
+from newsrepro.core.base import InputError
+from newsrepro.models.embed import build_model
+from newsrepro.core.threads import at_once
+from newsrepro.models.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short,
                              join_processes, normaliser, set_modes, train, twins)
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
-CHILDREN.set_forkserver_preload(['newsrepro.train'])
+CHILDREN.set_forkserver_preload(['newsrepro.models.train'])
 
 
 def some_pairs(n=24, side=60):

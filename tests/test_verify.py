@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from newsrepro.core import reference_dir
+from newsrepro.core.base import reference_dir
 
 NEWSREPRO = Path(sys.executable).with_name('newsrepro')
 TABLE = 'vu2022-table-1.csv'

@@ -4,13 +4,13 @@ import open_clip
 import pytest
 import torch
 
-from newsrepro.checkpoints import find_backbone
-from newsrepro.core import InputError
-from newsrepro.embed import build_model, load_encoder
-from newsrepro.fine_tune import DecodedPool
-from newsrepro.pool import Pool
-from newsrepro.metrics import measure
-from newsrepro.wise_ft import (ALPHAS, RECIPES, cases, choose_alpha, interpolate, rank_changes, soup,
+from newsrepro.core.checkpoints import find_backbone
+from newsrepro.core.base import InputError
+from newsrepro.models.embed import build_model, load_encoder
+from newsrepro.methods.fine_tune import DecodedPool
+from newsrepro.ranking.pool import Pool
+from newsrepro.ranking.metrics import measure
+from newsrepro.methods.wise_ft import (ALPHAS, RECIPES, cases, choose_alpha, interpolate, rank_changes, soup,
                                state_of, sweep, with_weights)
 
 
@@ -133,7 +133,7 @@ def test_paper_recipe():
 
 def test_adapt_searches_what_it_is_asked(tmp_path, monkeypatch):
     "The short curve has both ends and the chosen alpha for the test part, with the ranks of the whole one."
-    from newsrepro import wise_ft as module
+    from newsrepro.methods import wise_ft as module
     start, draw = load_encoder(find_backbone('ViT-B/32')), torch.Generator().manual_seed(0)
     tuned = with_weights(start, {key: value + .05*torch.randn(value.shape, generator=draw) for key, value in state_of(start).items()})
     monkeypatch.setattr(module, 'fine_tune', lambda *_: (tuned, []))

@@ -1,0 +1,1 @@
+"""Articles, images and the pairs between them; images from the web."""

@@ -1,0 +1,1 @@
+"""The generated collections and the small checkpoints that the package ships."""

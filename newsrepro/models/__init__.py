@@ -1,0 +1,1 @@
+"""Encoders, ViLT and heat maps, and how they are trained."""
