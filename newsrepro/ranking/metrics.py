@@ -62,6 +62,7 @@ def parse_measure(
         raise InputError(f'{name}: only the first {depth} of each list are looked at; K is 1 to {depth}')
     return match[1] or 'R', k
 
+# %% ../../nbs/ranking/02_metrics.ipynb #measure-measure
 def measure(
     ranks: np.ndarray,  # int (n articles,), 0 = not found
     name: str,  # 'MRR@K', 'R@K' or 'MRR'
@@ -128,6 +129,7 @@ def _percentile_interval(
                       n_resamples=n_resamples, confidence_level=level, rng=np.random.default_rng(seed))
     return drawn.confidence_interval
 
+# %% ../../nbs/ranking/02_metrics.ipynb #confidence-intervals
 def confidence_intervals(
     ranks: np.ndarray,  # int (n articles,), 0 = not found
     measures: Sequence[str] = MEASURES,  # names, as in `measure`
@@ -181,6 +183,7 @@ class Comparison:
     ci95: tuple[float, float]  # of `difference`
     p_value: float
 
+# %% ../../nbs/ranking/02_metrics.ipynb #compare-ranks-compare-ranks
 def compare_ranks(
     ranks_a: np.ndarray,  # int (n articles,) of run A, 0 = not found
     ranks_b: np.ndarray,  # int (n articles,) of run B, in the same order of articles

@@ -33,6 +33,7 @@ class Notebook:
     free: tuple[str, ...] = ()  # parameters that change no number of a published table
     papers_values: tuple[tuple[str, tuple], ...] = ()  # parameters whose default is not the only value of the paper, each with those that are
 
+# %% ../../nbs/study/06_registry.ipynb #notebook-registry-1
 NOTEBOOKS = (
     Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
              tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank', 'liang2021-extra-sizes'),
@@ -121,6 +122,7 @@ class Parameter:
         above, below = (number >= float(low) if left == '[' else number > float(low)), (number <= float(high) if right == ']' else number < float(high))
         return math.isfinite(number) and above and below
 
+# %% ../../nbs/study/06_registry.ipynb #parse-parameters
 def parse_parameters(source: str  # source of the cell tagged `parameters`
                     ) -> dict[str, Parameter]:
     "Parameters declared as `name: type = literal  # help`, in their order; raises `InputError` naming the line that is none."
@@ -165,6 +167,7 @@ def _fits(parameter: Parameter, value: Any) -> bool:
     try: return all(map(parameter.allows, read_numbers(value, int if whole else float)))
     except ValueError: return False
 
+# %% ../../nbs/study/06_registry.ipynb #check-value-check-value
 def check_value(notebook: str,  # named in the message
                 parameter: Parameter, value: Any) -> Any:
     "`value` if it has the type of `parameter` and is among what its comment allows, else `InputError`."

@@ -102,6 +102,7 @@ class Sources:
         "The articles in English, as the parameter `translator` asks; `lang` says what each is in."
         return english(articles, self.translator, provided=self.asked != 'none')
 
+# %% ../../nbs/study/06a_study.ipynb #open-sources
 def open_sources(s: Settings  # of a notebook with a parameter `translator`
                 ) -> Sources:
     "Find the translator, read the paper's collection, say in a line what was read; raises `InputError` for what is not there."
@@ -202,6 +203,7 @@ def _published(number: float | None, metric: str) -> str:
     if number is None: return ''
     return f'{number:g}' if metric in COUNTS else f'{number:.4f}'
 
+# %% ../../nbs/study/06a_study.ipynb #pipe-table
 def _pipe_table(frame: pd.DataFrame) -> str:
     escape = lambda value: str(value).replace('|', '\\|')
     rows = [frame.columns, ['---']*len(frame.columns), *frame.values.tolist()]
@@ -222,6 +224,7 @@ def dagger_note(departures: Sequence[str]  # from the paper's settings
     if not departures: return '† As published; the difference stands in the CSV.'
     return f"† As published. **These are not the paper's settings** ({'; '.join(departures)}), and no difference is formed."
 
+# %% ../../nbs/study/06a_study.ipynb #table-note-table-note
 def table_note(s: Settings,  # of the notebook
                name: str,  # table
                table: pd.DataFrame,  # as `tidy_table` returns, with a row at least
@@ -270,6 +273,7 @@ def run_file(dataset: str,  # data set and part, as the collection names them
     words = _UNFIT.sub('-', run)  # runs are named by the notebooks and the registry, which keep them apart
     return f'{_file_part(dataset)}-{words if len(words.encode()) <= 100 else _file_part(words)}.tsv'
 
+# %% ../../nbs/study/06a_study.ipynb #save-run-save-run
 def save_run(s: Settings,  # of the notebook
              dataset: str,  # as of `run_file`
              run: str,  # as of `run_file`
@@ -302,6 +306,7 @@ def write_figure(s: Settings,  # of the notebook
                 figure.savefig(part, format=path.suffix[1:], metadata=undated | {'Description': alt}, **options)
     return target
 
+# %% ../../nbs/study/06a_study.ipynb #draw-curve
 def draw_curve(ax: Axes,  # of matplotlib
                table: pd.DataFrame,  # rows of one curve, as `tidy_table` returns, with the column `x`
                x: str,  # column of the horizontal axis
