@@ -25,7 +25,7 @@ import trustme
 from PIL import Image
 
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import check_data, read_collection
+from newsrepro.data.layouts import check_data, read_collection
 from newsrepro.data.fetch import (COLUMNS, JOURNAL, LOCK, OUTCOMES, REPORT, Dropped, FetchSettings, PublicBackend, checked_url,
                              fetch_images, plan, read_report, retry_after, summary, write_report)
 
