@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.study.study import resolve_data
 from newsrepro.text.language import SELECTIONS, TranslationMemory, detect_languages, find_translator, paragraphs, select, sentences
 

@@ -16,7 +16,8 @@ from transformers import MarianConfig, MarianMTModel
 from newsrepro.text import language as text_module
 from newsrepro.core.checkpoints import TRANSLATORS, find_model
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import read_collection, repair_mojibake
+from newsrepro.data.layouts import read_collection
+from newsrepro.data.tables import repair_mojibake
 from newsrepro.text.language import (TranslationMemory, detect_languages, find_translator, load_marian, paragraphs,
                             select, sentences, translate_batches, windows)
 

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..text.cleaning import clean_all
 from ..core.base import PACKAGE, InputError, atomic_path
-from ..data.collection import Collection, chronological_split, random_split
+from ..data.collection import Collection
+from ..data.splits import chronological_split, random_split
 from ..models.embed import Encoder, encode_batch, load_encoder, preprocessing, tokenizer
 from ..ranking.metrics import measure
 from ..ranking.pool import Pool, ranked

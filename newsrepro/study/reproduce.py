@@ -553,7 +553,7 @@ def make_manifest(out: Path, notebooks: Sequence[Notebook] = NOTEBOOKS) -> dict:
 # %% ../../nbs/study/25_reproduce.ipynb #plan-needs
 def read_data(job: Job, paper: str):  # `newsrepro.data.collection.Collection`
     "The collection that a job reads; raises `InputError` where it cannot be read."
-    from newsrepro.data.collection import read_collection
+    from newsrepro.data.layouts import read_collection
     from newsrepro.study.study import resolve_data
     return read_collection(resolve_data(job.parameters['data'], PAPER_LAYOUT.get(paper, '')))
 
