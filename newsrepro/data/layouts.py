@@ -13,7 +13,8 @@ import pandas as pd
 
 from ..core.base import InputError
 from .collection import Collection, has_text, pool_order
-from .pictures import composed, inspect_images, left_out, picture_folder, picture_index, say_left_out, stem
+from .pictures import (composed, inspect_images, left_out, picture_folder, picture_index,
+                                     say_left_out, stem)
 from .splits import last_as_test
 from .tables import columns_of, first_few, parse_dates, read_rows, readable
 

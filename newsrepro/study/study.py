@@ -23,7 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core.base import PACKAGE, InputError, atomic_path, cache_dir, notebooks_dir, source_commit
-from ..data.collection import Collection, read_collection
+from ..data.collection import Collection
+from ..data.layouts import read_collection
 from ..ranking.metrics import confidence_intervals, measure
 from ..models.embed import EmbeddingStore
 from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line,
