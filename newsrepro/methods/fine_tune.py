@@ -25,7 +25,8 @@ from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..text.cleaning import clean_all
 from ..core.base import PACKAGE, InputError, atomic_path
 from ..data.collection import Collection, chronological_split, random_split
-from ..models.embed import Encoder, encode_batch, load_encoder, preprocessing, tokenizer
+from ..models.encoding import encode_batch
+from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..ranking.metrics import measure
 from ..ranking.pool import Pool, ranked
 from ..text.language import english, select

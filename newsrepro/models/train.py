@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ..core.checkpoints import Backbone
 from ..core.base import InputError, atomic_path
 from ..data.collection import open_image
-from .embed import preprocessing, tokenizer
+from .loader import preprocessing, tokenizer
 from ..core.threads import threads_for
 
 # %% ../../nbs/models/07_train.ipynb #contrastive-loss
