@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..core.base import atomic_path, file_digest
-from .encoding import batches, count_tokens, encode
+from .encoding import batches, count_tokens, encode, progress
 from .loader import Encoder
 from ..text.language import windows
 
@@ -83,12 +83,13 @@ def embed(encoder: Encoder,  # asked for what the store lacks
     keys = [content_key(item, kind) for item in items]
     known = store.load(encoder, kind)
     lacking = {key: item for key, item in zip(keys, items) if key not in known}
-    for part in batches(list(lacking.items()), store.shard_size):
-        start = time.perf_counter()
-        part_keys, part_items = zip(*part)
-        rows = encode(encoder, part_items, kind, batch_size, workers)
-        store.save(encoder, kind, part_keys, rows, time.perf_counter() - start)
-        known.update(zip(part_keys, rows))
+    with progress(encoder, kind, len(lacking)) as bar:
+        for part in batches(list(lacking.items()), store.shard_size):
+            start = time.perf_counter()
+            part_keys, part_items = zip(*part)
+            rows = encode(encoder, part_items, kind, batch_size, workers, bar)
+            store.save(encoder, kind, part_keys, rows, time.perf_counter() - start)
+            known.update(zip(part_keys, rows))
     return np.stack([known[key] for key in keys]) if keys else np.empty((0, encoder.backbone.dim), np.float32)
 
 # %% ../../nbs/models/04a3_store.ipynb #embed-windows
