@@ -250,7 +250,7 @@ def weight_seeds() -> list[bytes]:
 
 
 def read_checkpoint(path: Path):
-    from newsrepro.models.embed import read_weights
+    from newsrepro.models.weights import read_weights
     return read_weights(path)
 
 

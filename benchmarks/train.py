@@ -18,7 +18,7 @@ import torch
 from open_clip.loss import ClipLoss
 
 from newsrepro.core.checkpoints import find_backbone
-from newsrepro.models.embed import build_model
+from newsrepro.models.loader import build_model
 from newsrepro.models.train import (Pairs, Recipe, batch_stream, make_optimiser, normaliser, optimise,
                                     set_modes)
 

@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from newsrepro.core.checkpoints import PAPER_BACKBONES, MissingCheckpoint, find_backbone
-from newsrepro.models.embed import JIT_EXTRAS, build_model, encode, load_encoder
+from newsrepro.models.encoding import encode
+from newsrepro.models.loader import build_model, load_encoder
+from newsrepro.models.weights import JIT_EXTRAS
 
 TEXTS = ['A red car waits in front of the town hall', 'Überschwemmung: 300 Häuser evakuiert', 'breaking 🔥 #news', 'word ' * 200]
 SMALL = ('RN50', 'ViT-B/32')

