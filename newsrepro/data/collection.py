@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'MAX_BYTES', 'SHORTER_SIDE', 'MAX_LONGER_SIDE', 'ZHANG_SAMPLE', 'repair_mojibake',
            'read_table', 'parse_dates', 'ExtremeShape', 'decode_whole', 'open_image', 'picture_index', 'Collection',
-           'read_collection', 'check_data', 'random_split', 'chronological_split', 'sample_pairs']
+           'read_collection', 'find_layout', 'check_data', 'random_split', 'chronological_split', 'sample_pairs']
 
 # %% ../../nbs/data/01_collection.ipynb #imports
 import codecs, hashlib, io, json, os, re, unicodedata, warnings
@@ -899,25 +899,44 @@ def _tables(
     found = sorted(p for pattern in ('*', '*/*') for p in root.glob(pattern))
     return [p for p in found if p.suffix.lower() in ('.tsv', '.csv', '.parquet') and not p.name.startswith('.')]
 
+def _known_tables(
+    root: Path # folder of a collection
+) -> dict[Path, str]: # its official tables, or its one table of articles, each with what `_layout_of` says
+    "Raises `InputError` where there is no such table, or more than one of articles."
+    columns = {path: _columns(path) for path in _tables(root)}
+    layouts = {path: layout for path, c in columns.items() if (layout := _layout_of(c))}
+    if official := {path: layout for path, layout in layouts.items() if layout == 'official'}: return official
+    single = {path: layout for path, layout in layouts.items() if path.parent == root}
+    if len(single) == 1: return single
+    if single: raise InputError(f"{root}: several tables of articles: {', '.join(p.name for p in single)}; keep one")
+    found = '; '.join(f"{path.name} ({', '.join(c)[:80]})" for path, c in list(columns.items())[:3])
+    raise InputError(f"{root}: no known layout; looked for tables with columns article, iid, title (2021 to 2023), "
+        f"article_id, article_title, image_id (2025) or article_id, title (plain); found {found or 'no table'}")
+
 def read_collection(
     root: str|Path, # folder in an official NewsImages layout, or with a table and pictures
     n_test: int = 1500, # size of the test of each data set where the table gives no split (2025, plain); 0 for none
     split_plain: bool = True # make a split where a plain table gives none
 ) -> Collection:
     "Read a collection and check its pictures. Raises `InputError` naming the file and line, or what was looked for."
-    root = Path(root)
-    columns = {path: _columns(path) for path in _tables(root)}
-    layouts = {path: _layout_of(c) for path, c in columns.items()}
-    if official := [path for path, layout in layouts.items() if layout == 'official']: return _read_official(root, official)
-    single = [path for path, layout in layouts.items() if layout and path.parent == root]
-    if len(single) > 1: raise InputError(f"{root}: several tables of articles: {', '.join(p.name for p in single)}; keep one")
-    if not single:
-        found = '; '.join(f"{path.name} ({', '.join(c)[:80]})" for path, c in list(columns.items())[:3])
-        raise InputError(f"{root}: no known layout; looked for tables with columns article, iid, title (2021 to 2023), "
-            f"article_id, article_title, image_id (2025) or article_id, title (plain); found {found or 'no table'}")
-    plain = layouts[single[0]] == 'plain'
-    collection, unsplit = _read_single(single[0], layouts[single[0]], single[0].stem if plain else 'GDELT-P1-2025')
-    return _last_as_test(collection, n_test) if unsplit and (split_plain or not plain) else collection
+    tables = _known_tables(root := Path(root))
+    if 'official' in tables.values(): return _read_official(root, list(tables))
+    (path, layout), = tables.items()
+    collection, unsplit = _read_single(path, layout, path.stem if layout == 'plain' else 'GDELT-P1-2025')
+    return _last_as_test(collection, n_test) if unsplit and (split_plain or layout != 'plain') else collection
+
+# %% ../../nbs/data/01_collection.ipynb #find-layout
+def find_layout(
+    root: str|Path # folder of a collection
+) -> str: # as `Collection.layout`
+    "The layout that `read_collection` will find. Raises `InputError` where it would."
+    tables = _known_tables(root := Path(root))
+    if 'official' not in tables.values(): return next(iter(tables.values()))
+    sets = set(_sets_of(root, list(tables)).values())
+    if sets == {'newsimages2021'}: return 'newsimages2021'
+    names = {_ALIASES.get(column, column) for path in tables for column in _columns(path)}
+    later = 'title_en' in names or any(name.startswith('GDELT') for name in sets)
+    return 'newsimages2023' if later else 'newsimages2022'
 
 # %% ../../nbs/data/01_collection.ipynb #check-data
 _STATUSES = ('missing', 'broken', 'oversized', 'extreme', 'outside', 'not_in_pool')
