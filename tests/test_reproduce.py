@@ -13,7 +13,7 @@ import pytest
 
 from newsrepro.core.base import PACKAGE
 from newsrepro.study.registry import Notebook, notebook_parameters
-from newsrepro.study.reproduce import identity_of, make_plan
+from newsrepro.study.plan import Request, identity_of, make_plan
 
 CORE = '''profile: str = 'mini'  # which checkpoints
 data: str = 'mini'  # which collection
@@ -41,10 +41,11 @@ DRIVER = '''import sys
 from functools import partial
 from pathlib import Path
 from newsrepro import cli
-from newsrepro.study import reproduce
+from newsrepro.study import plan, reproduce
 from newsrepro.study.registry import Notebook
 study, folder = eval(sys.argv.pop(1)), Path(sys.argv.pop(1))
-for name in ('reproduce', 'overview'): setattr(reproduce, name, partial(getattr(reproduce, name), notebooks=study, folder=folder))
+for module, name in ((reproduce, 'reproduce'), (plan, 'overview')):
+    setattr(module, name, partial(getattr(module, name), notebooks=study, folder=folder))
 cli.main()'''
 
 
@@ -305,5 +306,5 @@ def test_parameters_are_those_that_papermill_finds(toys):
 
 
 def test_the_registry_makes_a_plan(tmp_path):
-    plan = make_plan(out=tmp_path/'report')
+    plan = make_plan(Request(out=tmp_path/'report'))
     assert plan and all(set(job.after) <= {earlier.name for earlier in plan[:i]} for i, job in enumerate(plan))
