@@ -15,6 +15,7 @@ _HOMES = {
     'ranking.one_to_one': ('dual_softmax_top_k', 'assign'),
     'ranking.retrieve': ('top_k', 'ranked_lists'),
     'ranking.runs': ('read_run', 'write_run', 'evaluate_files', 'compare_files'),
+    'study.plan': ('Request',),
     'study.reproduce': ('reproduce',),
     'study.verify': ('verify',),
 }

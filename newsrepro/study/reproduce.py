@@ -17,7 +17,8 @@ from typing import Any
 from ..core.base import PACKAGE, InputError, read_json, write_json
 from .job import child_environment, kill_tree, process_mark, tools_dir
 from .needs import (Model, Needs, Part, Requirement, asked_of_data, check_against_data, duration,
-                                   estimate, facts_of, lines, locate_all, models_of, refuse_missing, unmet)
+                                   estimate, facts_of, lines, locate_all, measured_rates, models_of,
+                                   projected_seconds, refuse_missing, unmet)
 from .plan import Job, Request, make_manifest, make_plan, stale_jobs, write_plan
 from .registry import NOTEBOOKS, PAPER_LAYOUT, Notebook, resolve_device
 
@@ -81,7 +82,9 @@ def plan_needs(
     running = [job for job in plan if job.name in stale and not job.lacks]
     models, found = models_needed(running, entries)
     counts, core = data_counts(running, entries), plan[0].parameters
-    device = resolve_device(core['device']) if running and core['profile'] == 'paper' else 'cpu'
+    paper = core['profile'] == 'paper'
+    device = resolve_device(core['device']) if running and paper else 'cpu'
+    rates = measured_rates() if paper else None
     rows, skipped = [], {}
     for job in plan:
         label, facts = counts.get(job.parameters['data'], ('', None))
@@ -91,12 +94,13 @@ def plan_needs(
             rows.append(Requirement(job.name, 'skipped', lacks, label))
         elif job.name not in stale: rows.append(Requirement(job.name, 'up to date'))
         else:
-            work, seconds = estimate(job.name, job.parameters, facts, device)
-            rows.append(Requirement(job.name, stale[job.name], '', label, models[job.name], work, seconds))
+            work, seconds = estimate(job.name, job.parameters, facts, device, rates)
+            on_card = projected_seconds(work, 'paper', rates) if work and rates else float('nan')
+            rows.append(Requirement(job.name, stale[job.name], '', label, models[job.name], work, seconds, on_card))
     if len(skipped) == len(plan):
         reasons = '; '.join(f'{name} needs {lacks}' for name, lacks in skipped.items())
         raise InputError(f'no notebook can run: {reasons}')
-    return Needs(tuple(rows), tuple(found), device)
+    return Needs(tuple(rows), tuple(found), device, rates.card if rates else '')
 
 # %% ../../nbs/study/25b_reproduce.ipynb #snakemake
 def thread_count(
