@@ -249,7 +249,8 @@ def show_failure(
     elif left is None: show_line(console, 'failed', f'{job.name} ended without a word; the end of its log:\n{tail}')
     elif not left['refused']: show_cell(console, job, left)
     if left and left['files']:
-        kept = f"{job.name} had written {len(left['files'])} files, kept in {left['folder']}"
+        files = '1 file' if len(left['files']) == 1 else f"{len(left['files'])} files"
+        kept = f"{job.name} had written {files} before, kept in {left['folder']}"
         console.print(kept, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../../nbs/study/25b_reproduce.ipynb #run-plan
