@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/30_cli.ipynb #app
-app = typer.Typer(name='newsrepro', no_args_is_help=False, add_completion=True, pretty_exceptions_enable=False)
+app = typer.Typer(name='newsrepro', no_args_is_help=False, pretty_exceptions_enable=False)
 _UsageError = typer.BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps it
 
 def fail(
@@ -33,6 +33,7 @@ def fail(
     print('newsrepro: error:', ' '.join(str(message).split()), file=sys.stderr)
     return code
 
+# %% ../nbs/30_cli.ipynb #run
 def run(
     arguments: Sequence[str],  # without the name of the program
 ) -> int:  # exit code
@@ -50,8 +51,8 @@ def run(
 
 # %% ../nbs/30_cli.ipynb #main
 def main() -> None:
-    "The console script `newsrepro`."
-    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')  # no missing character ends a study
+    "The console script `newsrepro`; a character that the terminal lacks ends no study."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -117,15 +118,18 @@ def newsrepro(context: typer.Context, version: Version = False) -> None:
 def _option(meaning: str, *names: str, **more):  # of typer
     return typer.Option(*names, help=meaning, **more)
 
-Profile = Annotated[str, _option('Checkpoints and hyper-parameters: mini (shipped, for a CPU) or paper (the published ones).')]
+Profile = Annotated[str, _option(
+    'Checkpoints and hyper-parameters: mini (shipped, for a CPU) or paper (the published ones).')]
 Data = Annotated[list[str] | None, _option(
-    'A collection in an official layout or as a table and pictures; mini = the generated ones. Repeatable: each '
-    "notebook takes the collection of its paper's year.", metavar='DIR', show_default='mini')]
+    'A collection in an official layout or as a table and pictures; mini = the generated ones. Repeatable: '
+    "each notebook takes the collection of its paper's year.", metavar='DIR', show_default='mini')]
 Device = Annotated[str, _option('auto, cpu, cuda or cuda:N.')]
-Only = Annotated[list[str] | None, _option('Run this notebook and those it reads from. Repeatable.', metavar='NAME')]
+Only = Annotated[list[str] | None, _option(
+    'Run this notebook and those it reads from. Repeatable.', metavar='NAME')]
 Jobs = Annotated[int, _option('Notebooks side by side; they share the processors.', min=1, metavar='N')]
 Sets = Annotated[list[str] | None, _option(
-    'Change a parameter of a notebook; `newsrepro list` shows them. Repeatable.', '--set', metavar='NB.PARAM=VALUE')]
+    'Change a parameter of a notebook; `newsrepro list` shows them. Repeatable.', '--set',
+    metavar='NB.PARAM=VALUE')]
 Out = Annotated[Path | None, _option('Where results go.', metavar='DIR', show_default='reports/PROFILE')]
 Weights = Annotated[str, _option('Look for checkpoints here first.', metavar='DIR')]
 Force = Annotated[bool, _option('Run what is up to date, too.', '--force')]
@@ -140,7 +144,7 @@ def reproduce(
     sets: Sets = None, out: Out = None, weights: Weights = '', force: Force = False, dry_run: DryRun = False,
     as_json: PlanJSON = False,
 ) -> int:
-    "Run the notebooks of the study and write the report; what is up to date is skipped, what was interrupted resumes."
+    "Run the notebooks and write the report; what is up to date is skipped, what was interrupted resumes."
     if as_json and not dry_run: raise typer.BadParameter('--json goes with --dry-run')
     from newsrepro.study.needs import as_json as plan_json
     from newsrepro.study.plan import Request
@@ -152,9 +156,11 @@ def reproduce(
 # %% ../nbs/30_cli.ipynb #print-verified
 def _explanations(found: Mapping) -> Iterator[str]:
     for name, facts in found['settings'].items():
-        for what, (here, there) in facts.items(): yield f'{name}: made with {what} {here}, the reference with {there}'
+        for what, (here, there) in facts.items():
+            yield f'{name}: made with {what} {here}, the reference with {there}'
     for what, (here, there) in found['versions'].items(): yield f'{what} {here}, in the reference {there}'
-    if marks := found['checkpoints']: yield f'{len(marks)} runs with other checkpoints, the first: {next(iter(marks))}'
+    marks = list(found['checkpoints'])
+    if marks: yield f'{len(marks)} runs with other checkpoints, the first: {marks[0]}'
     if found['not_run']: yield f"not run here: {', '.join(found['not_run'])}"
 
 def print_verified(
@@ -175,13 +181,18 @@ def print_verified(
 # %% ../nbs/30_cli.ipynb #verify
 Report = Annotated[Path | None, typer.Argument(metavar='[DIR]', help='The report to verify.',
                                                show_default='reports/PROFILE')]
-Against = Annotated[Path | None, _option('Another report.', metavar='DIR',
-                                         show_default='the shipped one; for the paper profile, the published numbers')]
+Against = Annotated[Path | None, _option(
+    'Another report.', metavar='DIR',
+    show_default='the shipped one; for the paper profile, the published numbers')]
 LastRun = Annotated[str, _option('Whose last run to verify where no DIR is given: mini or paper.')]
 
 @app.command()
-def verify(folder: Report = None, against: Against = None, profile: LastRun = 'mini', as_json: JSON = False) -> int:
-    "Hold each number of a report against a reference: identical, close or different. Exit code 1 where one differs or is missing."
+def verify(
+    folder: Report = None, against: Against = None, profile: LastRun = 'mini', as_json: JSON = False,
+) -> int:
+    """Hold each number of a report against a reference: identical, close or different.
+
+    Exit code 1 where one differs or is missing."""
     from newsrepro.study.plan import check_profile, report_folder
     from newsrepro.study.verify import is_verified, verify
     found = verify(folder or report_folder(check_profile(profile)), against)
@@ -200,14 +211,15 @@ def print_notebook(
     target.print(Text.assemble(*title))
     for kind, what in {'tables': 'tables', 'figures': 'figures', 'after': 'reads'}.items():
         if notebook[kind]: target.print(Text(f"  {what}: {', '.join(notebook[kind])}"))
-    if notebook['data'] not in (None, 'mini'): target.print(Text(f"  made from: {notebook['data']}"), soft_wrap=True)
+    if (data := notebook['data']) not in (None, 'mini'): print_lines([f'  made from: {data}'], target)
     shown = lambda p: repr(p['default']) if p['kind'] == 'str' else p['default']
     rows = [[p['name'], p['kind'], shown(p), p['help']] for p in notebook['parameters']]
     target.print(simple_table(['parameter', 'type', 'default', 'meaning'], rows))
 
 # %% ../nbs/30_cli.ipynb #list
 Whose = Annotated[str, _option('Whose report to look at: mini or paper.')]
-Seen = Annotated[Path | None, _option('The report to look at.', metavar='DIR', show_default='reports/PROFILE')]
+Seen = Annotated[Path | None, _option('The report to look at.', metavar='DIR',
+                                      show_default='reports/PROFILE')]
 
 @app.command('list')
 def list_notebooks(profile: Whose = 'mini', out: Seen = None, as_json: JSON = False) -> None:
@@ -219,7 +231,7 @@ def list_notebooks(profile: Whose = 'mini', out: Seen = None, as_json: JSON = Fa
     for notebook in found['notebooks']: print_notebook(notebook, target)
     print_lines([f"results in {found['out']}"], target)
 
-# %% ../nbs/30_cli.ipynb #check-data
+# %% ../nbs/30_cli.ipynb #count-rows
 def count_rows(
     splits: Mapping[str, Mapping],  # of `newsrepro.data.collection.check_data`
 ) -> list[tuple[str, str, dict[str, int]]]:  # set, part, counts by name
@@ -227,9 +239,11 @@ def count_rows(
     rows = []
     for part, counts in splits.items():
         for dataset, own in [*counts.get('datasets', {}).items(), ('all', counts)]:
-            rows.append((dataset, part, {name.replace('_', ' '): n for name, n in own.items() if name != 'datasets'}))
+            named = {name.replace('_', ' '): n for name, n in own.items() if name != 'datasets'}
+            rows.append((dataset, part, named))
     return rows
 
+# %% ../nbs/30_cli.ipynb #check-data
 Folder = Annotated[Path, typer.Argument(metavar='DIR', help='Folder of a collection.')]
 
 @app.command('check-data')
@@ -286,6 +300,7 @@ def shared_lines(
     if found['mended']: lines.append(f'{mended}; see asked_as in the report')
     return lines
 
+# %% ../nbs/30_cli.ipynb #print-fetched
 def print_fetched(
     found: Mapping,  # of `newsrepro.data.fetch.fetch_images`
 ) -> None:
@@ -296,14 +311,16 @@ def print_fetched(
     target.print(simple_table(['outcome', 'images', 'meaning'], rows, right=['images']))
     rate = asked/max(seconds, .001)
     have = f"{found['have']} of {found['images']} images are there, {found['dropped']} are dropped for good"
+    speed = f'{asked} URLs asked in {seconds:.1f} s ({rate:.0f} a second)'
     print_lines([f"{have}, {found['waiting']} may come in another run", *shared_lines(found),
-                 f"{asked} URLs asked in {seconds:.1f} s ({rate:.0f} a second); report: {found['report']}"], target)
+                 f"{speed}; report: {found['report']}"], target)
 
 # %% ../nbs/30_cli.ipynb #fetch-settings
 from .data.fetch_settings import FetchSettings
 
 # %% ../nbs/30_cli.ipynb #fetch-options
-Web = Annotated[Path, typer.Argument(metavar='DIR', help='Folder of a collection whose tables name images by URL.')]
+Web = Annotated[Path, typer.Argument(metavar='DIR',
+                                     help='Folder of a collection whose tables name images by URL.')]
 Dataset = Annotated[str | None, _option('Only this data set, such as RSS.')]
 Split = Annotated[str | None, _option('Only train or test.')]
 Limit = Annotated[int | None, _option('Ask at most N URLs in this run.', min=1, metavar='N')]
@@ -313,17 +330,20 @@ RetryFailed = Annotated[bool, _option(
 Convert = Annotated[str, _option('Store as jpeg or png what is in another format.', metavar='FORMAT',
                                  show_default='each as it is')]
 PlaceholderURLs = Annotated[int, _option(
-    'The same picture from more than N different URLs is taken for a placeholder of the server.', metavar='N')]
+    'The same picture from more than N different URLs is taken for a placeholder of the server.',
+    metavar='N')]
 DropPlaceholders = Annotated[bool, _option(
     'Leave placeholders out; without it they are only reported. --retry-failed asks for them again.',
     '--drop-placeholders')]
 
 # %% ../nbs/30_cli.ipynb #fetch-options-net
 Requests = Annotated[int, _option('Requests at a time.', metavar='N')]
-PerHost = Annotated[int, _option('Requests at a time to one host; a host that answers 429 gets fewer.', metavar='N')]
+PerHost = Annotated[int, _option('Requests at a time to one host; a host that answers 429 gets fewer.',
+                                 metavar='N')]
 Retries = Annotated[int, _option('Attempts after the first, where a failure may pass.', metavar='N')]
 Timeout = Annotated[float, _option('For a connection, and for each silence.', metavar='SECONDS')]
-Deadline = Annotated[float, _option('That one image may take on the wire, all attempts together.', metavar='SECONDS')]
+Deadline = Annotated[float, _option('That one image may take on the wire, all attempts together.',
+                                    metavar='SECONDS')]
 MaxWait = Annotated[float, _option('A host that asks for a longer wait is left alone until the next run.',
                                    metavar='SECONDS')]
 MaxBytes = Annotated[int, _option('Largest file.', metavar='BYTES')]
@@ -332,13 +352,14 @@ MaxPixels = Annotated[int | None, _option('Largest image, width times height.', 
 UserAgent = Annotated[str, _option('What to call ourselves.', metavar='TEXT',
                                    show_default='newsrepro/VERSION and its address')]
 AllowPrivate = Annotated[bool, _option(
-    'Ask private and loopback addresses, too. Without it only the public internet is asked, and proxies of the '
-    'environment are not used.', '--allow-private')]
+    'Ask private and loopback addresses, too. Without it only the public internet is asked, and proxies of '
+    'the environment are not used.', '--allow-private')]
 
 # %% ../nbs/30_cli.ipynb #fetch-command
 @app.command('fetch-images')
 def fetch_images(
-    folder: Web, dataset: Dataset = None, split: Split = None, limit: Limit = None, retry_failed: RetryFailed = False,
+    folder: Web, dataset: Dataset = None, split: Split = None, limit: Limit = None,
+    retry_failed: RetryFailed = False,
     convert: Convert = FetchSettings.convert, jobs: Requests = FetchSettings.jobs,
     per_host: PerHost = FetchSettings.per_host, retries: Retries = FetchSettings.retries,
     timeout: Timeout = FetchSettings.timeout, deadline: Deadline = FetchSettings.deadline,
@@ -348,9 +369,11 @@ def fetch_images(
     drop_placeholders: DropPlaceholders = FetchSettings.drop_placeholders,
     allow_private: AllowPrivate = FetchSettings.allow_private, as_json: JSON = False,
 ) -> int:
-    """Download the images that a collection names by URL; what is there is not asked for, and an interrupted run is resumed.
+    """Download the images that a collection names by URL.
 
-    DIR/fetch-report.csv says what became of each image, and why. Exit code 0: nothing is left that could come; 1: something may come in another run."""
+    What is there is not asked for, and an interrupted run is resumed. DIR/fetch-report.csv says what became
+    of each image, and why. Exit code 0: nothing is left that could
+    come; 1: something may come in another run."""
     given = locals()
     from newsrepro.data.fetch import fetch_images
     known = {field.name for field in fields(FetchSettings)}
@@ -390,8 +413,8 @@ Metric = Annotated[str, _option('MRR@K or R@K, with K from 1 to 100.')]
 
 @app.command()
 def compare(
-    run_a: _run_file('RUN_A'), run_b: _run_file('RUN_B'), truth: Truth, pool: Pool = None, allow_short: Short = False,
-    metric: Metric = 'MRR@100', as_json: JSON = False,
+    run_a: _run_file('RUN_A'), run_b: _run_file('RUN_B'), truth: Truth, pool: Pool = None,
+    allow_short: Short = False, metric: Metric = 'MRR@100', as_json: JSON = False,
 ) -> None:
     "The difference of two run files, with its interval and a paired test."
     from newsrepro.ranking.runs import compare_files

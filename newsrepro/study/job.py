@@ -31,7 +31,7 @@ _FIXED = {'PYTHONHASHSEED': '0', 'TOKENIZERS_PARALLELISM': 'false', 'CUBLAS_WORK
 # %% ../../nbs/study/25a_job.ipynb #child-environment
 def _defaults(tools: Path, base: Mapping[str, str]) -> dict[str, str]:
     caches = base.get('XDG_CACHE_HOME') or os.path.join(base.get('HOME') or str(tools), '.cache')
-    nobody = {'HOME': str(tools), 'USER': 'newsrepro'}  # a user id without an entry, as containers and clusters have them
+    nobody = {'HOME': str(tools), 'USER': 'newsrepro'}  # of a user without an entry, as in containers
     models = {'HF_HOME': os.path.join(caches, 'huggingface'), 'TORCH_HOME': os.path.join(caches, 'torch')}
     return nobody | models | {'OMP_WAIT_POLICY': 'PASSIVE'}  # a thread that waits leaves the core to others
 
@@ -39,7 +39,7 @@ def child_environment(
     tools: Path,  # folder for what tools keep
     base: Mapping[str, str],  # the environment to change
 ) -> dict[str, str]:
-    "`base` with every tool's folder under `tools`, hashes fixed, models where the user keeps them, idle threads."
+    "`base` with every tool's folder under `tools`, hashes fixed, models where the user keeps them."
     folders = {name: str(tools/name.lower()) for name in _TOOLS}
     kept = {name: value for name, value in base.items() if name != 'JUPYTER_PATH'}
     made = _defaults(tools, base) | kept | folders | _FIXED | {'NEWSREPRO_CACHE': str(tools.parent)}
@@ -81,7 +81,7 @@ def kill_tree(
         except psutil.NoSuchProcess: pass
     psutil.wait_procs(tree, timeout=5)
 
-# %% ../../nbs/study/25a_job.ipynb #watch
+# %% ../../nbs/study/25a_job.ipynb #tree-memory
 def tree_memory() -> int:  # bytes
     "Resident memory of this process and its descendants; shared pages count in each."
     import psutil
@@ -91,6 +91,7 @@ def tree_memory() -> int:  # bytes
         except psutil.NoSuchProcess: pass
     return total
 
+# %% ../../nbs/study/25a_job.ipynb #watch
 class Watch(Thread):
     "Notes the peak memory of this process and its descendants; ends them all when its parent is gone."
     def __init__(
@@ -121,16 +122,16 @@ def execute(
     job: Job,  # to run
     on_cell: Callable[..., None],  # called with `cell` and `cell_index`
 ) -> None:
-    "Run the notebook with its parameters; leaves `notebook.ipynb` in the staging folder, and in `out` what it wrote."
+    "Run the notebook; leaves `notebook.ipynb` in the staging folder, and what it wrote in `out` there."
     import papermill
     staging = job.file('staging', '')
     for name in ('out', 'work'): (staging/name).mkdir(parents=True)
     literal = lambda path: str(path).replace('{', '{{').replace('}', '}}')  # papermill formats its paths
     papermill.execute_notebook(literal(job.notebook), literal(staging/'notebook.ipynb'), cwd=staging/'work',
-                               parameters=job.parameters | {'out_dir': str(staging/'out')}, progress_bar=False,
-                               start_timeout=300, on_cell_start=on_cell)
+                               parameters=job.parameters | {'out_dir': str(staging/'out')},
+                               progress_bar=False, start_timeout=300, on_cell_start=on_cell)
 
-# %% ../../nbs/study/25a_job.ipynb #publish
+# %% ../../nbs/study/25a_job.ipynb #move-in
 def _move_in(job: Job) -> list[str]:
     staging, out = job.file('staging', ''), Path(job.out)
     made = staging/'out'
@@ -143,11 +144,12 @@ def _move_in(job: Job) -> list[str]:
     for name in set(earlier) - set(moves): (out/name).unlink(missing_ok=True)
     return list(moves)
 
+# %% ../../nbs/study/25a_job.ipynb #publish
 def publish(
     job: Job,  # as executed
     measured: Mapping[str, Any],  # seconds, peak memory and the like: kept in the record
 ) -> dict[str, Any]:  # the record
-    "Move the results of `execute` into the report. Raises `FileNotFoundError` when a declared one was not made."
+    "Move the results into the report. Raises `FileNotFoundError` when a declared one was not made."
     made = job.file('staging', '')/'out'
     if missing := [name for name in job.makes if not (made/name).is_file()]:
         raise FileNotFoundError(f"{job.name} ended without writing {', '.join(missing)}")
@@ -167,7 +169,7 @@ def set_aside(
     "Keep what an unfinished run had written."
     made, kept = job.file('staging', '')/'out', job.file('failed', '')
     paths = [path.relative_to(made) for path in sorted(made.rglob('*')) if path.is_file()]
-    files = [path.as_posix() for path in paths if not path.name.startswith('.')]  # those begin what is not whole
+    files = [path.as_posix() for path in paths if not path.name.startswith('.')]  # of parts of files
     if files:
         shutil.rmtree(kept, ignore_errors=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +196,7 @@ def keep_failure(
         error=plain(f'{kind}: {said}'), refused=plain(said) if kind in REFUSALS else '', cell=dict(cell),
         traceback=traceback[-10:], notebook=str(kept), files=files, folder=str(job.file('failed', ''))))
 
+# %% ../../nbs/study/25a_job.ipynb #forget-failure
 def forget_failure(
     job: Job,  # that has a result now
 ) -> None:
@@ -214,8 +217,9 @@ def run_watched(
         write_json(running, dict(cell=cell_index + 1, cells=total, began=began))
     try:
         execute(job, on_cell)
+        clock = time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(began))
         publish(job, dict(seconds=round(time.time() - began, 1), peak_memory_mb=round(watch.peak/2**20),
-                          commit=source_commit(), began=time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(began))))
+                          commit=source_commit(), began=clock))
         forget_failure(job)
     except Exception as error:  # whatever it is, it ends this job and no other
         keep_failure(job, error, seen)
@@ -231,7 +235,8 @@ def run_job(
     os.environ.update(child_environment(tools_dir(), os.environ))
     staging, running = job.file('staging', ''), job.file('running')
     running.parent.mkdir(parents=True, exist_ok=True)
-    with Watch(os.environ.get('NEWSREPRO_PARENT', '')) as watch, FileLock(running.with_suffix('.lock'), timeout=60):
+    lock = FileLock(running.with_suffix('.lock'), timeout=60)
+    with Watch(os.environ.get('NEWSREPRO_PARENT', '')) as watch, lock:
         try:
             set_aside(job)  # of a run that was killed
             shutil.rmtree(staging, ignore_errors=True)

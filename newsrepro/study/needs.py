@@ -77,14 +77,16 @@ def ask_hub(
     patterns: Sequence[str],  # of the files that would be fetched
     timeout: float = 4,  # seconds
 ) -> float:  # megabytes
-    "What the hub would send; raises whatever its library raises where there is no network, or no such repository."
+    "What the hub would send; raises what its library raises without a network or such a repository."
     from fnmatch import fnmatch
     from huggingface_hub import HfApi, constants
     if constants.HF_HUB_OFFLINE: raise ConnectionError('HF_HUB_OFFLINE is set')
     files = HfApi().model_info(repository, timeout=timeout, files_metadata=True).siblings
-    sizes = {file.rfilename: file.size or 0 for file in files if any(fnmatch(file.rfilename, p) for p in patterns)}
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in patterns)
+    sizes = {file.rfilename: file.size or 0 for file in files if wanted(file.rfilename)}
     weights = [size for name, size in sizes.items() if name.endswith(('.safetensors', '.bin'))]
-    return (sum(sizes.values()) - sum(weights) + max(weights, default=0))/1e6  # one form of the weights is fetched
+    others = sum(sizes.values()) - sum(weights)
+    return (others + max(weights, default=0))/1e6  # one form of the weights is fetched
 
 # %% ../../nbs/study/24_needs.ipynb #locate
 _FILES = {'marian': MARIAN_FILES, 'vilt': VILT_FILES}
@@ -123,10 +125,11 @@ def locate(
     model = Model(kind, name, wanted=wanted_files(backbone) if backbone else repository)
     if not is_hub_name(repository): return replace(model, problem='it is no checkpoint of the hub')
     try: megabytes = hub(repository, HUB_FILES if backbone else MODEL_PATTERNS)
-    except Exception as error: return replace(model, problem=f'the hub did not give it ({type(error).__name__})')
+    except Exception as error:
+        return replace(model, problem=f'the hub did not give it ({type(error).__name__})')
     return replace(model, place='hub', megabytes=megabytes)
 
-# %% ../../nbs/study/24_needs.ipynb #refuse-missing
+# %% ../../nbs/study/24_needs.ipynb #locate-all
 def locate_all(
     wanted: Iterable[tuple[str, str]],  # kind and name
     profile: str,  # 'mini' or 'paper'
@@ -134,10 +137,11 @@ def locate_all(
     hub: Callable[[str, Sequence[str]], float] = ask_hub,  # as of `locate`
 ) -> list[Model]:  # each once
     "Find models side by side; raises `InputError` as `locate` does."
-    if hub is ask_hub: import_module('huggingface_hub.hf_api')  # here, as imports begun by threads wait for each other
+    if hub is ask_hub: import_module('huggingface_hub.hf_api')  # imports in threads would wait
     one = lambda model: locate(*model, profile, weights, hub)
     with ThreadPoolExecutor(16) as pool: return list(pool.map(one, dict.fromkeys(wanted)))
 
+# %% ../../nbs/study/24_needs.ipynb #refuse-missing
 def refuse_missing(
     models: Sequence[Model],  # of `locate_all`
     weights: Path | None = None,  # folder that was searched first
@@ -150,7 +154,7 @@ def refuse_missing(
     places = ', '.join(map(str, search_places(weights)))
     raise MissingCheckpoint(f'{count} not found: {named}; looked in {places}; {problems}; {REMEDY}')
 
-# %% ../../nbs/study/24_needs.ipynb #facts
+# %% ../../nbs/study/24_needs.ipynb #part
 @dataclass(frozen=True)
 class Part:
     "What one set of a collection holds."
@@ -161,6 +165,7 @@ class Part:
     german: int  # articles in German, both parts
     dated: int  # training pairs with a date
 
+# %% ../../nbs/study/24_needs.ipynb #facts
 def facts_of(
     collection,  # `newsrepro.data.collection.Collection`
 ) -> dict[str, Part]:  # by set
@@ -189,8 +194,8 @@ def unmet(
     for dataset, part in facts.items():
         if part.train < least: return f'{least} training pairs in each set; {dataset} has {part.train}'
         if min(part.pool, part.truth) < LEAST_POOL:
-            return (f'a test part with {LEAST_POOL} images and as many articles whose image is known, in each set; '
-                    f'{dataset} has {part.pool} images, {part.truth} known')
+            wanted = f'a test part with {LEAST_POOL} images and as many articles whose image is known'
+            return f'{wanted}, in each set; {dataset} has {part.pool} images, {part.truth} known'
     return ''
 
 # %% ../../nbs/study/24_needs.ipynb #against-data
@@ -198,7 +203,8 @@ def asked_of_data(
     values: Mapping[str, Any],  # parameters of a notebook
 ) -> dict[str, str]:
     "The parameters whose values must occur in the data, where they were given."
-    return {name: values[name] for name in ('example', 'option_sets') if values.get(name) not in (None, '', 'profile')}
+    given = {name: values.get(name) for name in ('example', 'option_sets')}
+    return {name: value for name, value in given.items() if value not in (None, '', 'profile')}
 
 def check_against_data(
     notebook: str,  # its name, for the message
@@ -234,7 +240,7 @@ class Work:
     ) -> 'Work':
         return Work(*(one + two for one, two in zip(asdict(self).values(), asdict(other).values())))
 
-# %% ../../nbs/study/24_needs.ipynb #work-kinds
+# %% ../../nbs/study/24_needs.ipynb #work-encoding
 # a pair of 40 tokens and 200 patches; an article of 170 tokens, six beams: by arithmetic, not measured
 VILT_GFLOPS = {'paper': 43., 'mini': .2}
 MARIAN_GFLOPS = {'paper': 200., 'mini': 3.}
@@ -247,8 +253,10 @@ def encoding(
 ) -> Work:
     "Encode with a CLIP model, and keep the embeddings."
     b = find_backbone(name, profile)
-    return Work(images, texts, gflops=images*b.gflops[0] + texts*b.gflops[1], megabytes=(images + texts)*b.dim*4/1e6)
+    gflops = images*b.gflops[0] + texts*b.gflops[1]
+    return Work(images, texts, gflops=gflops, megabytes=(images + texts)*b.dim*4/1e6)
 
+# %% ../../nbs/study/24_needs.ipynb #work-training
 def training(
     name: str,  # of a CLIP model
     profile: str,  # 'mini' or 'paper'
@@ -293,7 +301,8 @@ def _sweep_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
     return work
 
 # %% ../../nbs/study/24_needs.ipynb #work-of-fine-tuning
-def _fine_tune_work(v: Mapping, facts: Mapping[str, Part], recipes: Mapping, trainings: int, evaluations: int) -> Work:
+def _fine_tune_work(v: Mapping, facts: Mapping[str, Part], recipes: Mapping, trainings: int,
+                    evaluations: int) -> Work:
     work, epochs = Work(), v['epochs'] or recipes[v['profile']]['epochs']
     for part in facts.values():
         held = round(part.train*v['holdout'])
@@ -305,7 +314,8 @@ def _fine_tune_work(v: Mapping, facts: Mapping[str, Part], recipes: Mapping, tra
 def _vu_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
     from newsrepro.methods.fine_tune import RECIPES
     four_parts = 4*sum(part.train for part in facts.values())
-    return _fine_tune_work(v, facts, RECIPES, 2, 4) + encoding(v['backbone'], v['profile'], four_parts, four_parts)
+    parts = encoding(v['backbone'], v['profile'], four_parts, four_parts)
+    return _fine_tune_work(v, facts, RECIPES, 2, 4) + parts
 
 def _wise_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
     from newsrepro.methods.wise_ft import RECIPES
@@ -316,10 +326,12 @@ def _txv_work(v: Mapping, facts: Mapping[str, Part], selections: int = 1) -> Wor
     images = sum(part.train + part.pool for part in facts.values())
     texts = sum(part.train + part.test for part in facts.values())
     first, second = backbone_pair(v['profile'], v['backbone'], v['second'])
-    return encoding(first, v['profile'], images, selections*texts) + encoding(second, v['profile'], images, texts)
+    main = encoding(first, v['profile'], images, selections*texts)
+    return main + encoding(second, v['profile'], images, texts)
 
-WORK = {'10_vilt': _vilt_work, '11_clip_sweep': _sweep_work, '12_fine_tune': _vu_work, '13_wise_ft': _wise_work,
-        '14_txv': _txv_work, '15_dual_softmax': lambda v, facts: _txv_work(v, facts, 2)}
+WORK = {'10_vilt': _vilt_work, '11_clip_sweep': _sweep_work, '12_fine_tune': _vu_work,
+        '13_wise_ft': _wise_work, '14_txv': _txv_work,
+        '15_dual_softmax': lambda v, facts: _txv_work(v, facts, 2)}
 
 def work_of(
     name: str,  # of a notebook
@@ -328,7 +340,8 @@ def work_of(
 ) -> Work | None:  # None where nobody has counted
     "What a notebook computes with these parameters on these data."
     if name not in WORK: return None
-    german = 0 if values.get('translator') in ('none', 'provided') else sum(part.german for part in facts.values())
+    untranslated = values.get('translator') in ('none', 'provided')
+    german = 0 if untranslated else sum(part.german for part in facts.values())
     translation = Work(translated=german, gflops=german*MARIAN_GFLOPS[values['profile']])
     return WORK[name](values, facts) + translation
 
@@ -360,7 +373,7 @@ def operations(
     "The work by kinds; what is neither trained, scored nor translated is encoded."
     scored, translated = work.pairs*VILT_GFLOPS[profile], work.translated*MARIAN_GFLOPS[profile]
     encoded = work.gflops - work.trained - scored - translated
-    kind = 'pair_training' if work.pairs else 'training'  # a notebook that scores pairs trains the model that does
+    kind = 'pair_training' if work.pairs else 'training'  # what scores pairs is what is trained
     return {'encoding': encoded, 'scoring': scored, 'translating': translated, kind: work.trained}
 
 def projected_seconds(
@@ -371,7 +384,7 @@ def projected_seconds(
     "Seconds that `work` would take on a card whose rates were measured."
     return START + sum(gflops/rates.gflops[kind] for kind, gflops in operations(work, profile).items())
 
-# %% ../../nbs/study/24_needs.ipynb #speed
+# %% ../../nbs/study/24_needs.ipynb #products
 SHARE = {'cpu': .55, 'cuda': .35}  # of the rate of a plain product; that of a GPU is assumed
 DECODE = 330.  # pictures a second and core
 
@@ -385,11 +398,12 @@ def _gpu_product(device: str) -> tuple[int, Callable[[], Any]]:
     a = torch.ones(8192, 8192, device=device, dtype=torch.float16)
     return len(a), lambda: (a @ a, torch.cuda.synchronize(device))
 
+# %% ../../nbs/study/24_needs.ipynb #speed
 @cache
 def matmul_rate(
     device: str = 'cpu',  # 'cpu', 'cuda' or 'cuda:N'
 ) -> float:  # 10^9 operations a second
-    "Rate of a plain product of matrices here, float32 on a CPU and half precision on a GPU, the best of three."
+    "Rate of a plain product of matrices here, float32 on a CPU, half precision on a GPU; the best of three."
     side, product = _cpu_product() if device == 'cpu' else _gpu_product(device)
     product()
     times = []
@@ -409,7 +423,7 @@ def estimated_seconds(
     computed = work.gflops/(SHARE[device.partition(':')[0]]*(rate or matmul_rate(device)))
     return START + computed + work.images/(DECODE*(os.cpu_count() or 1))
 
-# %% ../../nbs/study/24_needs.ipynb #shipped-rates
+# %% ../../nbs/study/24_needs.ipynb #shipped-work
 def shipped_work(
     name: str,  # of a notebook
     reference: Path | None = None,  # folder of a report; None = the shipped one
@@ -422,6 +436,7 @@ def shipped_work(
 def _items(work: Work) -> int:  # of small models the count decides, not the operations
     return work.images + work.texts + 10*work.pairs + 3*work.steps + work.translated
 
+# %% ../../nbs/study/24_needs.ipynb #estimate
 def estimate(
     name: str,  # of a notebook
     values: Mapping[str, Any],  # its parameters
@@ -483,7 +498,8 @@ def as_json(
 ) -> dict[str, Any]:  # NaN as None
     "What `newsrepro reproduce --dry-run --json` prints."
     plain = lambda seconds: None if seconds != seconds else round(seconds, 1)
-    notebooks = [asdict(one) | dict(seconds=plain(one.seconds), on_card=plain(one.on_card)) for one in needs.notebooks]
+    notebooks = [asdict(one) | dict(seconds=plain(one.seconds), on_card=plain(one.on_card))
+                 for one in needs.notebooks]
     return dict(estimates=True, device=needs.device, card=needs.card, seconds=plain(needs.seconds),
                 on_card=plain(needs.on_card), megabytes=round(needs.megabytes, 1),
                 to_fetch_megabytes=round(needs.fetched, 1), notebooks=notebooks,
@@ -513,10 +529,10 @@ _UNITS = {'images': 'images', 'texts': 'texts', 'pairs': 'pairs to score', 'step
 def _notebook_line(one: Requirement) -> str:
     if one.state == 'skipped': return f'{one.name}: skipped; it needs {one.lacks}'
     if one.state == 'up to date': return f'{one.name}: up to date'
-    counts = [f'{getattr(one.work, name):,} {unit}' for name, unit in _UNITS.items() if getattr(one.work, name, 0)]
+    done = {unit: getattr(one.work, name, 0) for name, unit in _UNITS.items()}
+    counts = ', '.join(f'{number:,} {unit}' for unit, number in done.items() if number) or 'not counted'
     disk = f', {amount(one.work.megabytes)}' if one.work else ''
-    done = ', '.join(counts) or 'not counted'
-    return f'{one.name}: {one.state}; {one.data}; {done}; about {duration(one.seconds)}{disk}'
+    return f'{one.name}: {one.state}; {one.data}; {counts}; about {duration(one.seconds)}{disk}'
 
 def _model_line(model: Model) -> str:
     if model.place == 'here': return f'{model.name}: {model.path} ({amount(model.megabytes)})'

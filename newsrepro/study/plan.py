@@ -66,16 +66,18 @@ def choose(
     order = TopologicalSorter({notebook.name: notebook.after for notebook in notebooks}).static_order()
     return [known[name] for name in order if name in wanted]
 
-# %% ../../nbs/study/25_plan.ipynb #parse-set
+# %% ../../nbs/study/25_plan.ipynb #parse-set-words
 _WORDS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 _READ = {'int': int, 'float': float, 'str': str, 'bool': lambda text: _WORDS[text.lower()]}
 
 def _refuse_unknown(text: str, notebook: str, name: str, own: Sequence[str]) -> None:
     if name in own: return
-    if name not in CORE: raise InputError(f'--set {text}: {notebook} has no parameter {name}; {closest(name, own)}')
+    if name not in CORE:
+        raise InputError(f'--set {text}: {notebook} has no parameter {name}; {closest(name, own)}')
     option = 'out' if name == 'out_dir' else name
     raise InputError(f'--set {text}: set it with --{option}, for all notebooks')
 
+# %% ../../nbs/study/25_plan.ipynb #parse-set
 def parse_set(
     text: str,  # NB.PARAM=VALUE
     chosen: Sequence[Notebook],  # to run
@@ -86,7 +88,8 @@ def parse_set(
     if not match: raise InputError(f'--set {text}: write NOTEBOOK.PARAMETER=VALUE')
     notebook, name, value = match.groups()
     if notebook not in (names := [n.name for n in chosen]):
-        raise InputError(f'--set {text}: {notebook} is not among the notebooks to run; {closest(notebook, names)}')
+        near = closest(notebook, names)
+        raise InputError(f'--set {text}: {notebook} is not among the notebooks to run; {near}')
     declared = notebook_parameters(folder/f'{notebook}.ipynb')
     own = [parameter for parameter in declared if parameter not in CORE or parameter == 'seed']
     _refuse_unknown(text, notebook, name, own)
@@ -105,7 +108,7 @@ def existing_folder(
     if path.is_dir(): return str(path)
     raise InputError(f"--{option} {given}: {'not a folder' if path.exists() else 'no such folder'}")
 
-# %% ../../nbs/study/25_plan.ipynb #collections-asked
+# %% ../../nbs/study/25_plan.ipynb #check-several
 _OF_PAPERS = tuple(dict.fromkeys(PAPER_LAYOUT.values()))
 
 def check_several(
@@ -114,19 +117,23 @@ def check_several(
     "Raise `InputError` where several folders leave open which notebook takes which."
     for folder, layout in layouts.items():
         others = [other for other in layouts if other != folder and layouts[other] == layout]
-        if others: raise InputError(f'--data {folder} and --data {others[0]}: both are {layout}; give one of them')
+        if others:
+            raise InputError(f'--data {folder} and --data {others[0]}: both are {layout}; give one of them')
         if layout not in _OF_PAPERS:
             raise InputError(f"--data {folder}: {layout}; beside another folder it would have to be "
                              f"{' or '.join(_OF_PAPERS)}; give it alone")
 
+# %% ../../nbs/study/25_plan.ipynb #collections-asked
 def collections_asked(
     given: Sequence[str],  # values of --data
 ) -> dict[str, str]:  # full path -> layout; 'mini' -> 'mini'
     "The collections of a request, each once. Raises `InputError` where they do not go together."
     if set(given) == {'mini'}: return {'mini': 'mini'}
-    if 'mini' in given: raise InputError('--data mini: the generated collections are of all layouts; give them alone')
+    if 'mini' in given:
+        raise InputError('--data mini: the generated collections are of all layouts; give them alone')
     from newsrepro.data.collection import find_layout
-    folders = {os.path.realpath(folder): folder for folder in (existing_folder('data', name) for name in given)}
+    named = [existing_folder('data', name) for name in given]
+    folders = {os.path.realpath(folder): folder for folder in named}
     layouts = {folder: find_layout(folder) for folder in folders.values()}
     if len(layouts) > 1: check_several(layouts)
     return layouts
@@ -141,7 +148,8 @@ def data_for(
     for folder, layout in layouts.items():
         if layout == wanted: return folder, ''
     others = [layout for layout in layouts.values() if layout in _OF_PAPERS]
-    if wanted and others: return '', f"data in the layout of {wanted} (--data DIR); given: {', '.join(others)}"
+    if wanted and others:
+        return '', f"data in the layout of {wanted} (--data DIR); given: {', '.join(others)}"
     return next(iter(layouts)), ''
 
 # %% ../../nbs/study/25_plan.ipynb #imported-modules
@@ -173,7 +181,7 @@ def code_files(
         queue |= found[path]
     return sorted(found)
 
-# %% ../../nbs/study/25_plan.ipynb #code-identity
+# %% ../../nbs/study/25_plan.ipynb #notebook-source
 def notebook_source(
     path: Path,  # a notebook
 ) -> str:  # its code cells
@@ -186,6 +194,7 @@ def _data_files(package: Path) -> list[Path]:
     files = [path for pattern in patterns for path in package.glob(pattern)]
     return sorted(path for path in files if path.is_file() and path.suffix != '.md')
 
+# %% ../../nbs/study/25_plan.ipynb #code-identity
 def code_identity(
     notebook: Path,  # a notebook
     package: Path = PACKAGE,  # where the modules lie
@@ -194,7 +203,8 @@ def code_identity(
     source = notebook_source(notebook)
     digest = hashlib.sha256(source.encode())
     for path in code_files(source, package) + _data_files(package):
-        digest.update(path.relative_to(package).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(path.relative_to(package).as_posix().encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 # %% ../../nbs/study/25_plan.ipynb #folder-identity
@@ -212,8 +222,8 @@ def folder_identity(
     return hashlib.sha256(json.dumps(sorted(stats.items())).encode()).hexdigest()
 
 # %% ../../nbs/study/25_plan.ipynb #library-versions
-LIBRARIES = ('torch', 'torchvision', 'open_clip_torch', 'transformers', 'numpy', 'pandas', 'scipy', 'scikit-learn',
-             'pillow', 'matplotlib')
+LIBRARIES = ('torch', 'torchvision', 'open_clip_torch', 'transformers', 'numpy', 'pandas', 'scipy',
+             'scikit-learn', 'pillow', 'matplotlib')
 
 @cache
 def library_versions() -> dict[str, str]:  # by name
@@ -268,7 +278,8 @@ def make_job(
     "The job that runs `notebook`. Core parameters that it does not declare are left out."
     path = folder/f'{notebook.name}.ipynb'
     declared = notebook_parameters(path)
-    if 'out_dir' not in declared: raise InputError(f'{path}: no cell tagged `parameters` that declares out_dir')
+    if 'out_dir' not in declared:
+        raise InputError(f'{path}: no cell tagged `parameters` that declares out_dir')
     values = {name: check_value(notebook.name, parameter, asked.get(name, parameter.default))
               for name, parameter in declared.items() if name != 'out_dir'}
     tables, figures = ([f'{kind}/{name}.{ending}' for name in getattr(notebook, kind)]
@@ -295,13 +306,13 @@ def core_values(
 # %% ../../nbs/study/25_plan.ipynb #report-folder
 def report_folder(
     profile: str,  # whose report
-    out: str | Path | None = None,  # as given; None: `reports/<profile>` in the clone, else in the working directory
+    out: str | Path | None = None,  # as given; None: `reports/<profile>`, in the clone if there is one
 ) -> Path:
     "Where results go. Raises `InputError` for what is no place of a report."
     folder = Path(out).expanduser().absolute() if out else (clone_root() or Path.cwd())/'reports'/profile
     if folder.exists() and not folder.is_dir(): raise InputError(f'--out {folder}: not a folder')
     if folder.resolve() == reference_dir().resolve():
-        raise InputError(f'--out {folder}: the shipped reference, which no run overwrites; name another folder')
+        raise InputError(f'--out {folder}: the shipped reference, which no run overwrites; name another')
     ours = not folder.exists() or any((folder/name).exists() for name in ('.state', 'manifest.json'))
     if not ours and any(folder.iterdir()):
         raise InputError(f'--out {folder}: holds files that are no report; name a new or empty folder')
@@ -355,7 +366,7 @@ def is_intact(
     if not path.is_file() or (stat := path.stat()).st_size != known['size']: return False
     return stat.st_mtime_ns == known['mtime_ns'] or stamp(path)['sha256'] == known['sha256']
 
-# %% ../../nbs/study/25_plan.ipynb #why-stale
+# %% ../../nbs/study/25_plan.ipynb #record-digest
 def record_digest(
     state: Path,  # of the report
     name: str,  # of a notebook
@@ -364,6 +375,7 @@ def record_digest(
     record = read_json(state/'results'/f'{name}.json')
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/study/25_plan.ipynb #why-stale
 def why_stale(
     job: Job,  # as it would run now
 ) -> str:  # '' = up to date
@@ -403,55 +415,59 @@ def write_plan(
         write_json(job.file('settings'), asdict(job))
         marker = job.file('done', '')
         marker.parent.mkdir(parents=True, exist_ok=True)
-        if job.name not in stale: marker.touch(); continue  # later than its settings and the markers before it
-        marker.unlink(missing_ok=True)
-        job.file('failed').unlink(missing_ok=True)
+        if job.name in stale:
+            for old in (marker, job.file('failed')): old.unlink(missing_ok=True)
+        else: marker.touch()  # later than its settings and the markers before it
     write_json(state/'plan.json', dict(notebooks={job.name: job.after for job in plan}, threads=threads))
     return state
 
+# %% ../../nbs/study/25_plan.ipynb #read-job
 def read_job(
     path: Path,  # settings
 ) -> Job:
     "The job written by `write_plan`."
     return Job(**json.loads(path.read_text(encoding='utf-8')))
 
-# %% ../../nbs/study/25_plan.ipynb #plan-from-config
+# %% ../../nbs/study/25_plan.ipynb #request-from-config
 def request_from_config(
     config: Mapping[str, Any],  # of Snakemake: options of `newsrepro reproduce`; lists, or words with commas
 ) -> Request:
     "The request that a workflow's `config` makes. Raises `InputError` for a path that is not a full one."
     listed = lambda value: value if isinstance(value, list) else str(value).split(',')
-    asked = {name: listed(value) if name in ('data', 'only', 'sets') else str(value) for name, value in config.items()
-             if name != 'threads'}
+    asked = {name: listed(value) if name in ('data', 'only', 'sets') else str(value)
+             for name, value in config.items() if name != 'threads'}
     for name in ('data', 'out', 'weights'):
         for value in asked.get(name, []) if name == 'data' else [asked.get(name, '')]:
             if value not in ('', 'mini') and not Path(value).is_absolute():
                 raise InputError(f'{name}={value}: give the full path')
     return Request(**asked)
 
+# %% ../../nbs/study/25_plan.ipynb #plan-from-config
 def plan_from_config(
     config: Mapping[str, Any],  # of Snakemake: `state`, or options and `threads`
     write: bool = True,  # False in the processes of single jobs
 ) -> Path:  # the folder that Snakemake works in
-    "For the workflow file: the plan that the command wrote (`state`, or NEWSREPRO_STATE), or one of `config`."
+    "For the workflow file: the plan of the command (`state`, or NEWSREPRO_STATE), or one of `config`."
     if given := config.get('state') or os.environ.get('NEWSREPRO_STATE'): return Path(given)
     plan = [job for job in make_plan(request_from_config(config)) if not job.lacks]
     if not plan: raise InputError('no notebook can run on these data')
     return write_plan(plan, stale_jobs(plan), int(config.get('threads', 1))) if write else plan[0].state
 
-# %% ../../nbs/study/25_plan.ipynb #manifest
+# %% ../../nbs/study/25_plan.ipynb #manifest-entry
 def _entry(record: Mapping) -> dict:  # without what only `why_stale` needs
     provenance, identity = record['provenance'], record['identity']
     kept = {name: record[name] for name in ('command', 'began', 'seconds', 'peak_memory_mb', 'commit')}
     files = {name: known['sha256'] for name, known in sorted(record['files'].items())}
     made_from = {name: identity[name] for name in ('parameters', 'libraries', 'code')}
-    more = {name: value for name, value in provenance.items() if name not in ('notebook', 'parameters', *kept)}
+    known = {'notebook', 'parameters', *kept}
+    more = {name: value for name, value in provenance.items() if name not in known}
     return kept | made_from | dict(files=files) | more
 
-def _shared(entries: Mapping[str, Mapping], name: str) -> Any:  # a core parameter; a list where the results differ
+def _shared(entries: Mapping[str, Mapping], name: str) -> Any:  # a list where the results differ
     values = list(dict.fromkeys(entry['parameters'].get(name) for entry in entries.values()))
     return values if len(values) > 1 else values[0] if values else None
 
+# %% ../../nbs/study/25_plan.ipynb #manifest
 def make_manifest(
     out: Path,  # the report's folder
     notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
@@ -462,13 +478,14 @@ def make_manifest(
     latest = max(entries.values(), key=lambda entry: entry['began'], default={})
     own = latest.get('parameters', {})
     return dict(newsrepro=package_version(), profile=latest.get('profile', own.get('profile')),
-                device=latest.get('device', own.get('device')), data=_shared(entries, 'data'), weights=own.get('weights'),
+                device=latest.get('device', own.get('device')), data=_shared(entries, 'data'),
+                weights=own.get('weights'),
                 seeds={name: entry['parameters'].get('seed') for name, entry in entries.items()},
                 commit=latest.get('commit'), libraries=latest.get('libraries', {}),
                 platform=platform.platform(), processor=platform.machine(),
                 seconds=round(sum(entry['seconds'] for entry in entries.values()), 1), notebooks=entries)
 
-# %% ../../nbs/study/25_plan.ipynb #overview
+# %% ../../nbs/study/25_plan.ipynb #current-state
 def current_state(
     notebook: Notebook,  # the registry's entry
     folder: Path,  # where it lies
@@ -478,12 +495,14 @@ def current_state(
     record = read_json(out/'.state'/'results'/f'{notebook.name}.json')
     asked = record['identity']['parameters'] if record else {}
     data = asked.get('data')
-    if set(asked) - set(notebook_parameters(folder/f'{notebook.name}.ipynb')): return 'stale: code changed', data
+    declared = notebook_parameters(folder/f'{notebook.name}.ipynb')
+    if set(asked) - set(declared): return 'stale: code changed', data
     try: reason = why_stale(make_job(notebook, folder, out, asked))
     except InputError as error: return f'stale: {error}', data
     if reason in ('never run', 'failed'): return reason, data
     return f'stale: {reason}' if reason else 'up to date', data
 
+# %% ../../nbs/study/25_plan.ipynb #overview
 def overview(
     out: Path,  # the report's folder
     notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study

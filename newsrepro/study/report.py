@@ -58,7 +58,7 @@ def table_part(
     return dict(name=name, body=body, verdict=verdict, csv=f'tables/{name}.csv', command=command,
                 scaled_down=entry['parameters'].get('profile') != 'paper')
 
-# %% ../../nbs/study/20_report.ipynb #figure-part
+# %% ../../nbs/study/20_report.ipynb #figure-source
 def figure_source(
     path: Path,  # a PNG
     drawn: bool,  # not made of photographs
@@ -69,6 +69,7 @@ def figure_source(
     with Image.open(path) as image: image.convert('RGB').save(buffer := io.BytesIO(), 'JPEG', quality=88)
     return f'data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
+# %% ../../nbs/study/20_report.ipynb #figure-part
 def figure_part(
     out: Path,  # the report's folder
     name: str,  # of a figure
@@ -95,11 +96,13 @@ def paper_parts(
     for notebook in (n for n in notebooks if n.name in entries):
         part = papers.setdefault(notebook.paper, dict(tables=[], figures=[]))
         entry = entries[notebook.name]
-        there = lambda kind, ending: [name for name in getattr(notebook, kind) if (out/kind/(name + ending)).is_file()]
-        part['tables'] += [table_part(out, name, entry, verdicts.get(name, '')) for name in there('tables', '.csv')]
-        part['figures'] += [figure_part(out, name, entry) for name in there('figures', '.png')]
+        tables = [name for name in notebook.tables if (out/'tables'/f'{name}.csv').is_file()]
+        figures = [name for name in notebook.figures if (out/'figures'/f'{name}.png').is_file()]
+        part['tables'] += [table_part(out, name, entry, verdicts.get(name, '')) for name in tables]
+        part['figures'] += [figure_part(out, name, entry) for name in figures]
     return [dict(key=key, title=PAPERS.get(key, key), **part) for key, part in papers.items()]
 
+# %% ../../nbs/study/20_report.ipynb #pending-tables
 def pending_tables(
     papers: Sequence[Mapping],  # of `paper_parts`
     notebooks: Sequence[Notebook],  # the study
@@ -117,7 +120,8 @@ def flat(
     "Nested facts as one level: `{'a': {'b': 1}}` is `{'a b': '1'}`."
     if not isinstance(value, Mapping):
         return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
-    return {key: text for own, inner in value.items() for key, text in flat(inner, f'{name} {own}'.strip()).items()}
+    inner = [flat(own, f'{name} {key}'.strip()) for key, own in value.items()]
+    return {key: text for facts in inner for key, text in facts.items()}
 
 def provenance_parts(
     manifest: Mapping,  # of the report
@@ -128,7 +132,7 @@ def provenance_parts(
     own = {name: flat(without(entry, 'files', 'libraries')) for name, entry in entries.items()}
     return {'The run': flat(without(manifest, 'notebooks'))} | own
 
-# %% ../../nbs/study/20_report.ipynb #render
+# %% ../../nbs/study/20_report.ipynb #page-head
 def page_head(
     manifest: Mapping,  # of the report
 ) -> dict:  # what the template shows
@@ -138,6 +142,7 @@ def page_head(
     head = dict(profile='', commit='', newsrepro='', notebooks={}) | dict(manifest)
     return head | dict(data=named)
 
+# %% ../../nbs/study/20_report.ipynb #table-verdicts
 def table_verdicts(
     verified: Mapping,  # of `newsrepro.study.verify.verify`, or empty
     against: str,  # 'published' or 'shipped'

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..core.base import PACKAGE, InputError, read_json, write_json
 from .job import child_environment, kill_tree, process_mark, tools_dir
-from .needs import (Model, Needs, Part, Requirement, asked_of_data, check_against_data, duration,
-                                   estimate, facts_of, lines, locate_all, measured_rates, models_of,
-                                   projected_seconds, refuse_missing, unmet)
+from .needs import (Model, Needs, Part, Requirement, asked_of_data, check_against_data,
+                                   duration, estimate, facts_of, lines, locate_all, measured_rates,
+                                   models_of, projected_seconds, refuse_missing, unmet)
 from .plan import Job, Request, make_manifest, make_plan, stale_jobs, write_plan
 from .registry import NOTEBOOKS, PAPER_LAYOUT, Notebook, resolve_device
 
@@ -37,7 +37,7 @@ def models_needed(
     refuse_missing(found, folder)
     return {name: tuple(model for _, model in own) for name, own in named.items()}, found
 
-# %% ../../nbs/study/25b_reproduce.ipynb #data-counts
+# %% ../../nbs/study/25b_reproduce.ipynb #read-data
 def read_data(
     job: Job,  # to run
     paper: str,  # key of its paper, which names the generated collection
@@ -48,11 +48,12 @@ def read_data(
     data = job.parameters['data']
     return read_collection(mini_root()/PAPER_LAYOUT.get(paper, '') if data == 'mini' else data)
 
+# %% ../../nbs/study/25b_reproduce.ipynb #data-counts
 def data_counts(
     running: Sequence[Job],  # jobs that will run
     entries: Mapping[str, Notebook],  # the study by name
-) -> dict[str, tuple[str, Mapping[str, Part] | None]]:  # data -> what to call it; counts, None for the generated ones
-    "Read each folder once, and hold what parameters name against it. Raises `InputError` for an unknown article or set."
+) -> dict[str, tuple[str, Mapping[str, Part] | None]]:  # data -> its name; counts, None where generated
+    "Read each folder once. Raises `InputError` where a parameter names an article or a set that it lacks."
     counts, collections = {'mini': ('generated collections', None)}, {}
     for job in running:
         data, wanted = job.parameters['data'], asked_of_data(job.parameters)
@@ -64,13 +65,14 @@ def data_counts(
             counts[data] = f'{found.name} ({found.layout})', facts_of(found)
     return counts
 
-# %% ../../nbs/study/25b_reproduce.ipynb #plan-needs
+# %% ../../nbs/study/25b_reproduce.ipynb #lacking
 def _lacking(job: Job, notebook: Notebook, facts: Mapping[str, Part] | None, skipped: Iterable[str]) -> str:
     if job.lacks: return job.lacks
     for name in job.after:
         if name in skipped: return f'the results of {name}, which is skipped'
     return unmet(notebook, facts) if facts else ''
 
+# %% ../../nbs/study/25b_reproduce.ipynb #plan-needs
 def plan_needs(
     plan: Sequence[Job],  # in the order of who reads whom
     stale: Mapping[str, str],  # name -> why it runs
@@ -96,13 +98,14 @@ def plan_needs(
         else:
             work, seconds = estimate(job.name, job.parameters, facts, device, rates)
             on_card = projected_seconds(work, 'paper', rates) if work and rates else float('nan')
-            rows.append(Requirement(job.name, stale[job.name], '', label, models[job.name], work, seconds, on_card))
+            rows.append(Requirement(job.name, stale[job.name], '', label, models[job.name], work, seconds,
+                                    on_card))
     if len(skipped) == len(plan):
         reasons = '; '.join(f'{name} needs {lacks}' for name, lacks in skipped.items())
         raise InputError(f'no notebook can run: {reasons}')
     return Needs(tuple(rows), tuple(found), device, rates.card if rates else '')
 
-# %% ../../nbs/study/25b_reproduce.ipynb #snakemake
+# %% ../../nbs/study/25b_reproduce.ipynb #snakemake-command
 def thread_count(
     jobs: int,  # notebooks side by side
 ) -> int:  # threads of each
@@ -115,9 +118,10 @@ def snakemake_command(
 ) -> list[str]:
     "Run the workflow file on the plan; markers and their times say what runs."
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(PACKAGE/'Snakefile'), '--cores', str(cores),
-            '--keep-going', '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--scheduler', 'greedy',
-            '--nocolor']
+            '--keep-going', '--nolock', '--rerun-incomplete', '--rerun-triggers', 'mtime',
+            '--scheduler', 'greedy', '--nocolor']
 
+# %% ../../nbs/study/25b_reproduce.ipynb #snakemake
 @contextmanager
 def snakemake(
     state: Path,  # of `write_plan`
@@ -159,6 +163,7 @@ def show_line(
     style, mark = MARKS[kind]
     console.print(Text.assemble((mark, style), ' ', text), soft_wrap=True)
 
+# %% ../../nbs/study/25b_reproduce.ipynb #ended-line
 def ended_line(
     job: Job,  # that ended
     status: str,  # 'done' or 'failed'
@@ -193,7 +198,8 @@ class Progress:
         if status == 'waiting' or job.name in self.ended: return
         if job.name not in self.rows:  # one that was quicker than we look has its line, too
             self.rows[job.name] = self.bar.add_task(job.name, total=left.get('cells', 1), unit='cells')
-            if not self.console.is_terminal: show_line(self.console, 'began', f'{job.name}  {time.strftime("%H:%M:%S")}')
+            clock = time.strftime('%H:%M:%S')
+            if not self.console.is_terminal: show_line(self.console, 'began', f'{job.name}  {clock}')
         if status == 'running': return self.bar.update(self.rows[job.name], completed=left['cell'] - 1)
         self.ended.add(job.name)
         self.bar.remove_task(self.rows[job.name])
@@ -217,7 +223,7 @@ def follow(
             if last: return
             time.sleep(every)
 
-# %% ../../nbs/study/25b_reproduce.ipynb #show-failure
+# %% ../../nbs/study/25b_reproduce.ipynb #show-cell
 def show_cell(
     console,  # of rich
     job: Job,  # that failed
@@ -234,6 +240,7 @@ def show_cell(
     for part in (source, '\n'.join(left['traceback'])): console.print(Padding(Text(part), (0, 4, 1, 4)))
     console.print(f"as far as it got: {left['notebook']}", markup=False, highlight=False, soft_wrap=True)
 
+# %% ../../nbs/study/25b_reproduce.ipynb #show-failure
 def show_failure(
     console,  # of rich
     job: Job,  # without a new result
@@ -246,7 +253,8 @@ def show_failure(
     advice = f'no space is left on the disk of {job.out}; make some, and the same command goes on from there'
     if full: show_line(console, 'failed', f'{job.name}  {advice}')
     elif blocked: show_line(console, 'failed', f'{job.name}  not run: it reads the results of {blocked}')
-    elif left is None: show_line(console, 'failed', f'{job.name} ended without a word; the end of its log:\n{tail}')
+    elif left is None:
+        show_line(console, 'failed', f'{job.name} ended without a word; the end of its log:\n{tail}')
     elif not left['refused']: show_cell(console, job, left)
     if left and left['files']:
         files = '1 file' if len(left['files']) == 1 else f"{len(left['files'])} files"
@@ -279,7 +287,7 @@ def run_plan(
 def locked(
     state: Path,  # of a report
 ) -> Iterator[None]:
-    "Hold the report's lock. Raises `InputError` where another command holds it or the folder cannot be written."
+    "Hold the report's lock. Raises `InputError` where another command does, or nothing can be written."
     from filelock import FileLock, Timeout
     report = state.parent
     try:
@@ -288,29 +296,32 @@ def locked(
     except Timeout:
         raise InputError(f'--out {report}: another `newsrepro reproduce` is at work there; '
                          'wait for it or name another folder') from None
-    except OSError as error: raise InputError(f'--out {report}: cannot be written ({error.strerror})') from None
+    except OSError as error:
+        raise InputError(f'--out {report}: cannot be written ({error.strerror})') from None
     with lock: yield
 
-# %% ../../nbs/study/25b_reproduce.ipynb #finish-report
+# %% ../../nbs/study/25b_reproduce.ipynb #show-verdict
 def show_verdict(
     place: Path,  # the report's folder
     console,  # of rich
     notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
-) -> dict[str, Any] | None:  # of `newsrepro.study.verify.verify`; None where there is nothing to hold it against
+) -> dict[str, Any] | None:  # of `newsrepro.study.verify.verify`; None where nothing compares
     "Say in a line how the report compares with its reference."
     from newsrepro.study.verify import is_verified, summary_line, verify
     entries = (read_json(place/'manifest.json') or {}).get('notebooks', {})
     asked = [entry['parameters'] for entry in entries.values()]
     own = {(values.get('profile'), values.get('data') == 'mini') for values in asked}
-    known = own in ({('mini', True)}, {('paper', False)}) and all(notebook in NOTEBOOKS for notebook in notebooks)
+    known = own in ({('mini', True)}, {('paper', False)}) and set(notebooks) <= set(NOTEBOOKS)
     if not known or not any((place/'tables').glob('*.csv')): return None
     found = verify(place)
     against = 'published' if found['against'] == 'published' else 'shipped'
     console.print(summary_line(found, against), markup=False, soft_wrap=True)
     if not is_verified(found):
-        console.print(f'newsrepro verify {shlex.quote(str(place))} names what differs', markup=False, soft_wrap=True)
+        command = f'newsrepro verify {shlex.quote(str(place))}'
+        console.print(f'{command} names what differs', markup=False, soft_wrap=True)
     return found
 
+# %% ../../nbs/study/25b_reproduce.ipynb #finish-report
 def finish_report(
     place: Path,  # the report's folder
     notebooks: Sequence[Notebook],  # the study
@@ -342,7 +353,7 @@ def show_needs(
     advice = 'Ctrl-C stops it at any time, and the same command goes on from there'
     if needs.seconds > 3600: console.print(f'this may take {duration(needs.seconds)}; {advice}', markup=False)
 
-# %% ../../nbs/study/25b_reproduce.ipynb #reproduce
+# %% ../../nbs/study/25b_reproduce.ipynb #refusals
 def refusals(
     plan: Sequence[Job],  # that was run
     missing: Mapping[str, str],  # of `run_plan`
@@ -351,12 +362,13 @@ def refusals(
     failed = {job.name: read_json(job.file('failed')) or {} for job in plan if missing.get(job.name) == ''}
     return [f"{name}: {left['refused']}" for name, left in failed.items() if left.get('refused')]
 
+# %% ../../nbs/study/25b_reproduce.ipynb #reproduce
 def reproduce(
     request: Request = Request(),  # what is asked for
     jobs: int = 1,  # notebooks side by side
     force: bool = False,  # run what is up to date, too
     dry_run: bool = False,  # say what would be done, and stop
-    show: Callable[[Needs], None] | None = None,  # gets what the plan needs, instead of its lines being printed
+    show: Callable[[Needs], None] | None = None,  # gets what the plan needs; None = its lines are printed
     notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
     folder: Path | None = None,  # where they lie; None = those of this version
 ) -> int:  # exit code: 0 when every result asked for is there, 1 when a computation failed

@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'MEASURED', 'MADE_BY', 'Key', 'EXACT', 'PUBLISHED', 'UNMEASURED', 'P_VALUE', 'COUNTED', 'VERDICTS', 'read_rows',
            'tolerance', 'judge', 'Finding', 'compare_rows', 'compare_published', 'differing_settings',
            'differing_facts', 'checkpoints_of', 'tables_of', 'read_manifest', 'not_run', 'Comparison', 'compare_tables',
-           'is_paper_run', 'verify', 'is_verified', 'summary_line']
+           'published_comparison', 'is_paper_run', 'verify', 'is_verified', 'summary_line']
 
 # %% ../../nbs/study/21_verify.ipynb #imports
 import csv, math
@@ -31,7 +31,8 @@ def _number(text: str, path: Path, line: int) -> float:
 
 def _read_lines(path: Path) -> tuple[list[str], list[list[str]]]:  # head, rows
     try:
-        with path.open(encoding='utf-8', newline='') as file: head, *rows = list(csv.reader(file, strict=True)) or [[]]
+        with path.open(encoding='utf-8', newline='') as file:
+            head, *rows = list(csv.reader(file, strict=True)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f'{path}: not a readable table ({error})') from None
     wanted = (*KEY, *MEASURED)
@@ -47,14 +48,15 @@ def read_rows(
     head, lines = _read_lines(path)
     rows = {}
     for number, line in enumerate(lines, start=2):
-        if len(line) != len(head): raise InputError(f'{path} line {number}: {len(line)} fields, but {len(head)} columns')
+        if len(line) != len(head):
+            raise InputError(f'{path} line {number}: {len(line)} fields, but {len(head)} columns')
         row = dict(zip(head, line))
         key = tuple(row[name] for name in KEY)
         if key in rows: raise InputError(f"{path} line {number}: {' '.join(key)} was given before")
         rows[key] = row | {name: _number(row[name], path, number) for name in MEASURED}
     return rows
 
-# %% ../../nbs/study/21_verify.ipynb #tolerance
+# %% ../../nbs/study/21_verify.ipynb #p-bounds
 EXACT = 1e-9
 PUBLISHED = .0005
 UNMEASURED = .02
@@ -65,6 +67,7 @@ def _p_bounds(p: float) -> tuple[float, float]:
     low, high = (0, .05) if p < .05 else (.05, 1)
     return min(p - P_VALUE, low), max(p + P_VALUE, high)
 
+# %% ../../nbs/study/21_verify.ipynb #tolerance
 def tolerance(
     row: Mapping,  # of the reference
     column: str,  # of `MEASURED`
@@ -132,7 +135,7 @@ def compare_published(
     table: str,  # its name
     ours: Mapping[Key, Mapping],  # of `read_rows`
 ) -> Iterator[Finding]:
-    "One finding for each row beside a published number, and for each published number that no row stands beside."
+    "One finding for each row beside a published number, and for each published number without a row."
     beside = {key: row for key, row in ours.items() if row.get('published')}
     alone = published_table(table).keys() - beside.keys() if beside else ()
     for key in alone: yield Finding(table, f"{' '.join(key)} (only published)", 'missing')
@@ -141,7 +144,7 @@ def compare_published(
         bounds = known - PUBLISHED - EXACT, known + PUBLISHED + EXACT
         yield Finding(table, ' '.join(key), judge(row['value'], known, bounds), row['value'], known)
 
-# %% ../../nbs/study/21_verify.ipynb #explanations
+# %% ../../nbs/study/21_verify.ipynb #differing-settings
 def _made_by(rows: Mapping[Key, Mapping]) -> dict[str, str]:
     values = {name: {row[name] for row in rows.values() if row.get(name)} for name in MADE_BY}
     return {name: ', '.join(sorted(own)) for name, own in values.items()}
@@ -157,6 +160,7 @@ def differing_settings(
     "Profile, data and seed, where the two tables were not made from the same."
     return _differing(_made_by(ours), _made_by(reference))
 
+# %% ../../nbs/study/21_verify.ipynb #differing-facts
 def differing_facts(
     ours: Mapping,  # a manifest
     reference: Mapping,  # a manifest
@@ -184,7 +188,7 @@ def tables_of(
     if not found: raise InputError(f'{folder}: no tables/*.csv; name the folder of a report')
     return found
 
-# %% ../../nbs/study/21_verify.ipynb #not-run
+# %% ../../nbs/study/21_verify.ipynb #read-manifest
 def read_manifest(
     folder: Path,  # of a report
 ) -> Mapping:  # empty where there is none
@@ -194,8 +198,10 @@ def read_manifest(
     whole = isinstance(manifest, dict)
     parts = [manifest.get(name) or {} for name in ('notebooks', 'libraries')] if whole else []
     if whole and all(isinstance(part, dict) for part in parts): return manifest
-    raise InputError(f"{folder/'manifest.json'}: not the manifest of a report; `newsrepro reproduce` writes it anew")
+    path = folder/'manifest.json'
+    raise InputError(f'{path}: not the manifest of a report; `newsrepro reproduce` writes it anew')
 
+# %% ../../nbs/study/21_verify.ipynb #not-run
 def not_run(
     folder: Path,  # of a report
     names: Sequence[str],  # of tables
@@ -208,7 +214,7 @@ def not_run(
     return [name for name in names
             if makers.get(name) not in done and not (folder/'tables'/f'{name}.csv').is_file()]
 
-# %% ../../nbs/study/21_verify.ipynb #compare-tables
+# %% ../../nbs/study/21_verify.ipynb #comparison
 @dataclass(frozen=True)
 class Comparison:
     "What holding one table against the reference's found."
@@ -216,6 +222,7 @@ class Comparison:
     settings: Mapping[str, list[str]]  # of `differing_settings`
     checkpoints: Mapping[str, list[str]]  # set and run -> [here, there]
 
+# %% ../../nbs/study/21_verify.ipynb #compare-tables
 def compare_tables(
     name: str,  # of the table
     ours: Path | None,  # None where it is not here
@@ -231,6 +238,14 @@ def compare_tables(
              for run in marks if run in others and marks[run] != others[run]}
     return Comparison(list(compare_rows(name, here, there)), differing_settings(here, there), moved)
 
+# %% ../../nbs/study/21_verify.ipynb #published-comparison
+def published_comparison(
+    name: str,  # of the table
+    ours: Path,  # a table of a report
+) -> Comparison:
+    "Hold a table against the paper's."
+    return Comparison(list(compare_published(name, read_rows(ours))), {}, {})
+
 # %% ../../nbs/study/21_verify.ipynb #verdict-counts
 VERDICTS = ('identical', 'close', 'differs', 'missing')
 
@@ -241,7 +256,8 @@ def _counts(findings: Sequence[Finding]) -> dict[str, int]:
 def _plain(number: float) -> float | None: return None if math.isnan(number) else number  # JSON knows no NaN
 
 def _worst(findings: Sequence[Finding], most: int) -> list[dict]:
-    bad = sorted((one for one in findings if one.verdict in ('differs', 'missing')), key=lambda one: -one.size)
+    bad = [one for one in findings if one.verdict in ('differs', 'missing')]
+    bad.sort(key=lambda one: -one.size)
     return [dict(table=one.table, row=one.row, verdict=one.verdict, reference=_plain(one.reference),
                  value=_plain(one.value)) for one in bad[:most]]
 
@@ -254,7 +270,7 @@ def is_paper_run(
 # %% ../../nbs/study/21_verify.ipynb #verify
 def verify(
     folder: Path,  # of a report
-    against: Path | None = None,  # of another; None = the shipped one, or for the paper profile the published numbers
+    against: Path | None = None,  # of another; None = the shipped one, or the published numbers
     worst: int = 10,  # how many differences are listed
     notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
 ) -> dict:  # as `newsrepro verify --json` prints it
@@ -265,8 +281,7 @@ def verify(
     known = {} if published else tables_of(against)
     absent = not_run(folder, list(known), notebooks)
     names = [name for name in dict.fromkeys([*known, *tables]) if name not in absent]
-    if published:
-        compared = {name: Comparison(list(compare_published(name, read_rows(tables[name]))), {}, {}) for name in names}
+    if published: compared = {name: published_comparison(name, tables[name]) for name in names}
     else: compared = {name: compare_tables(name, tables.get(name), known.get(name)) for name in names}
     findings = [finding for one in compared.values() for finding in one.findings]
     facts = {} if published else differing_facts(read_manifest(folder), read_manifest(against))
@@ -274,7 +289,7 @@ def verify(
                 tables={name: _counts(one.findings) for name, one in compared.items()}, not_run=absent,
                 worst=_worst(findings, worst), versions=facts,
                 settings={name: one.settings for name, one in compared.items() if one.settings},
-                checkpoints={run: marks for one in compared.values() for run, marks in one.checkpoints.items()})
+                checkpoints=dict(pair for one in compared.values() for pair in one.checkpoints.items()))
 
 # %% ../../nbs/study/21_verify.ipynb #summary-line
 def is_verified(
