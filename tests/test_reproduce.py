@@ -34,9 +34,10 @@ _ = (Path(out_dir)/'tables'/'{0}.csv').write_text(f'value\\n{{{1}}}\\n')'''
 SLEEP = 'import time; time.sleep(.3)'
 SOURCES = {
     '1_square': (CORE + 'side: int = 3  # length of the side', WRITE.format('square', 'side**2')),
-    '2_double': (CORE + 'factor: float = 2.0  # by which', SLEEP, SLEEP, WRITE.format('double', 'factor*seed')),
-    '3_broken': (CORE + 'zero: int = 0  # what to divide by', 'x = 1\n' + WRITE.format('early', 'x'), 'x/zero',
-                 WRITE.format('broken', 'x')),
+    '2_double': (CORE + 'factor: float = 2.0  # by which', SLEEP, SLEEP,
+                 WRITE.format('double', 'factor*seed')),
+    '3_broken': (CORE + 'zero: int = 0  # what to divide by', 'x = 1\n' + WRITE.format('early', 'x'),
+                 'x/zero', WRITE.format('broken', 'x')),
     '4_reader': (CORE, WRITE.format('reader', '1')),
     '5_killed': (CORE, 'import os; os._exit(9)'),
 }
@@ -115,7 +116,8 @@ def tables(out: Path) -> dict[str, bytes]:
 
 
 def states(newsrepro, out: Path) -> dict[str, str]:
-    return {n['name']: n['state'] for n in json.loads(newsrepro('list', '--out', out, '--json').stdout)['notebooks']}
+    listed = json.loads(newsrepro('list', '--out', out, '--json').stdout)
+    return {row['name']: row['state'] for row in listed['notebooks']}
 
 
 def test_parameters_arrive(study):
@@ -125,10 +127,12 @@ def test_parameters_arrive(study):
 def test_report_has_what_the_design_says(study):
     manifest = json.loads((study/'manifest.json').read_text())
     entry = manifest['notebooks']['1_square']
-    assert manifest['profile'] == manifest['data'] == 'mini' and manifest['seeds'] == {'1_square': 0, '2_double': 5}
+    assert manifest['profile'] == manifest['data'] == 'mini'
+    assert manifest['seeds'] == {'1_square': 0, '2_double': 5}
     assert {'seconds', 'peak_memory_mb', 'commit', 'libraries', 'parameters', 'files'} <= set(entry)
     assert entry['peak_memory_mb'] > 10
-    assert {path.name for path in study.iterdir()} == {'index.html', 'manifest.json', 'notebooks', 'tables', '.state'}
+    made = {path.name for path in study.iterdir()}
+    assert made == {'index.html', 'manifest.json', 'notebooks', 'tables', '.state'}
     assert 'newsrepro reproduce --only 1_square --set 1_square.side=7' in (study/'index.html').read_text()
 
 
@@ -149,7 +153,8 @@ def test_a_second_run_does_nothing_and_is_quick(newsrepro, study):
 def test_force_gives_the_same_bytes(newsrepro, study):
     before, notebook = tables(study), study/'notebooks'/'1_square.ipynb'
     stamp = notebook.stat().st_mtime_ns
-    again = newsrepro('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', study, '--force')
+    square = ['--only', '1_square', '--set', '1_square.side=7']
+    again = newsrepro('reproduce', *square, '--out', study, '--force')
     assert again.returncode == 0
     assert tables(study) == before and notebook.stat().st_mtime_ns != stamp
     assert states(newsrepro, study)['2_double'] == 'stale: 1_square was run again'
@@ -157,7 +162,8 @@ def test_force_gives_the_same_bytes(newsrepro, study):
 
 def test_a_failure_leaves_the_others_and_shows_its_cell(newsrepro, study):
     before = tables(study)
-    done = newsrepro('reproduce', *GOOD, '--only', '4_reader', '--only', '5_killed', '--out', study, '--jobs', 2)
+    more = ['--only', '4_reader', '--only', '5_killed']
+    done = newsrepro('reproduce', *GOOD, *more, '--out', study, '--jobs', 2)
     assert done.returncode == 1
     said = done.stdout + done.stderr
     for part in ('3_broken', 'cell-2', 'x/zero', 'ZeroDivisionError: division by zero',
@@ -166,14 +172,16 @@ def test_a_failure_leaves_the_others_and_shows_its_cell(newsrepro, study):
         assert part in said, said
     assert tables(study) == before
     assert set(json.loads((study/'manifest.json').read_text())['notebooks']) == {'1_square', '2_double'}
-    assert states(newsrepro, study) == {'1_square': 'up to date', '2_double': 'up to date', '3_broken': 'failed',
-                                        '4_reader': 'never run', '5_killed': 'failed'}
+    assert states(newsrepro, study) == {
+        '1_square': 'up to date', '2_double': 'up to date', '3_broken': 'failed', '4_reader': 'never run',
+        '5_killed': 'failed'}
     # what it had written is not lost
     kept = study/'.state'/'failed'/'3_broken'
     assert f'3_broken had written 1 file before, kept in {kept}' in said, said
     assert (kept/'tables'/'early.csv').read_bytes() == b'value\n1\n'
     # mended, it runs
-    assert newsrepro('reproduce', '--only', '3_broken', '--set', '3_broken.zero=1', '--out', study).returncode == 0
+    mended = ['--only', '3_broken', '--set', '3_broken.zero=1']
+    assert newsrepro('reproduce', *mended, '--out', study).returncode == 0
     assert states(newsrepro, study)['3_broken'] == 'up to date' and not kept.exists()
 
 
@@ -240,8 +248,8 @@ def test_resumes_after_kill_9_at_any_moment(command, newsrepro, study, tmp_path)
 
 def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):
     out = tmp_path/'report'
-    process = subprocess.Popen(command('reproduce', '--only', '2_double', '--out', out), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    words = command('reproduce', '--only', '2_double', '--out', out)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (out/'.state'/'running'/'1_square.json').exists())
     # another command on the same report is refused meanwhile
     second = newsrepro('reproduce', '--only', '1_square', '--out', out)
@@ -266,7 +274,8 @@ def test_the_workflow_runs_without_the_command(study):
     assert planned == ['done/2_double']
 
 
-@pytest.mark.parametrize('name', ['out #2', 'out: b', 'a folder with [c] in it', '{"x": 1}', "it's", 'münchen'])
+@pytest.mark.parametrize('name', ['out #2', 'out: b', 'a folder with [c] in it', '{"x": 1}', "it's",
+                                  'münchen'])
 def test_any_path_will_do_and_is_shown_as_it_is(newsrepro, tmp_path, name):
     done = newsrepro('reproduce', '--only', '1_square', '--out', tmp_path/name)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -276,7 +285,9 @@ def test_any_path_will_do_and_is_shown_as_it_is(newsrepro, tmp_path, name):
 
 def test_a_log_tells_when_each_notebook_starts_and_ends(newsrepro, tmp_path):
     said = newsrepro('reproduce', *GOOD, '--out', tmp_path/'report').stdout.splitlines()
-    for mark in '▶✓': assert [line.split()[1] for line in said if line.startswith(mark)] == ['1_square', '2_double']
+    for mark in '▶✓':
+        names = [line.split()[1] for line in said if line.startswith(mark)]
+        assert names == ['1_square', '2_double']
 
 
 def test_a_terminal_without_the_marks_ends_no_study(newsrepro, tmp_path):
@@ -311,7 +322,7 @@ def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(newsrepro, small_d
 
 
 def test_a_user_without_a_name_and_a_home(newsrepro, tmp_path):
-    "As containers and clusters have them: the user's id has no entry, in this process and in all that it starts."
+    "As containers and clusters have them: the user's id has no entry, here and in all that is started."
     (tmp_path/'site').mkdir()
     nobody = "def nobody(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')"
     (tmp_path/'site'/'sitecustomize.py').write_text(f'import pwd\n{nobody}\npwd.getpwuid = nobody\n')
@@ -356,7 +367,7 @@ def test_the_registry_makes_a_plan(tmp_path):
 # -- collections of two years
 
 def official(root: Path, folder: str) -> Path:
-    "A small collection: in the layout of 2022 where `folder` is a set's, in that of 2021 where it is the root."
+    "A small collection: in the layout of 2022 where `folder` is a set's, in that of 2021 where it is ''."
     (root/folder/'images').mkdir(parents=True)
     for part, ids in (('train', range(12)), ('test', range(12, 17))):
         rows = ['article\ttitle\tiid', *(f'{i}\tTitle {i}\tp{i}' for i in ids)]
@@ -365,7 +376,8 @@ def official(root: Path, folder: str) -> Path:
     return root
 
 
-YEARS = (Notebook('1_old', 'liang2021', 'Of 2021', ('old',)), Notebook('2_new', 'vu2022', 'Of 2022', ('new',)),
+YEARS = (Notebook('1_old', 'liang2021', 'Of 2021', ('old',)),
+         Notebook('2_new', 'vu2022', 'Of 2022', ('new',)),
          Notebook('3_reader', 'vu2022', 'Reads it', ('reader',), after=('2_new',)))
 
 
@@ -415,7 +427,8 @@ def test_each_notebook_takes_its_papers_year(on_years, years, two_years):
     page = html.unescape((two_years/'index.html').read_text())
     assert f'{years/D21} · {years/"d22"}' in page
     listed = subprocess.run(driver(YEARS, years, 'list', '--out', two_years, '--json'), **RUN)
-    assert [row['data'] for row in json.loads(listed.stdout)['notebooks']] == [str(years/D21)] + [str(years/'d22')]*2
+    found = [row['data'] for row in json.loads(listed.stdout)['notebooks']]
+    assert found == [str(years/D21)] + [str(years/'d22')]*2
 
 
 def test_the_order_of_the_folders_does_not_matter(on_years, years, two_years):
@@ -450,7 +463,8 @@ def test_one_year_alone_skips_the_other_and_leaves_its_results(on_years, years, 
     # run again, the others' results are new, and the page still has the old one
     assert on_years(*data('d22'), '--out', two_years, '--force').returncode == 0
     assert tables(two_years) == BOTH
-    assert set(json.loads((two_years/'manifest.json').read_text())['notebooks']) == {'1_old', '2_new', '3_reader'}
+    manifest = json.loads((two_years/'manifest.json').read_text())
+    assert set(manifest['notebooks']) == {'1_old', '2_new', '3_reader'}
     assert '<td>news of 2021</td>' in (two_years/'index.html').read_text()  # its comma begins another cell
 
 
@@ -465,7 +479,7 @@ def test_one_year_alone_with_nothing_there(on_years, tmp_path):
     (data('mini'), 'name another folder with --out'),
     (data('d22', 'other22'), 'both are newsimages2022; give one of them'),
     (data('mini', 'd22'), '--data mini: the generated collections are of all layouts; give them alone'),
-    (data('d22', 'plain'), 'plain; beside another folder it would have to be newsimages2021 or newsimages2022'),
+    (data('d22', 'plain'), 'plain; beside another folder it would have to be newsimages2021 or'),
     (['--only', '1_old', *data('d22')], '1_old: it needs data in the layout of newsimages2021'),
 ])
 def test_what_would_mix_collections_is_refused(on_years, two_years, words, said):
@@ -492,9 +506,10 @@ def test_the_workflow_takes_several_collections(years, tmp_path):
     folders = ','.join(str(years/name) for name in ('d22', 'other22'))
     with pytest.raises(InputError, match='both are newsimages2022'):
         plan_from_config(dict(data=folders, out=str(tmp_path/'no')))
-    asked = dict(data=[str(years/D21), str(years/'d22')], out=str(tmp_path/'out'), only='10_vilt,11_clip_sweep')
-    state = plan_from_config(asked)
-    own = {path.stem: json.loads(path.read_text())['parameters']['data'] for path in (state/'settings').iterdir()}
+    both = [str(years/D21), str(years/'d22')]
+    state = plan_from_config(dict(data=both, out=str(tmp_path/'out'), only='10_vilt,11_clip_sweep'))
+    settings = {path.stem: json.loads(path.read_text()) for path in (state/'settings').iterdir()}
+    own = {name: job['parameters']['data'] for name, job in settings.items()}
     assert own == {'10_vilt': str(years/D21), '11_clip_sweep': str(years/'d22')}
     alone = plan_from_config(dict(data=str(years/'d22'), out=str(tmp_path/'alone')))
     assert '10_vilt' not in json.loads((alone/'plan.json').read_text())['notebooks']
