@@ -52,7 +52,8 @@ def _decode_lines(
     return '\n'.join(decoded), n
 
 # %% ../../nbs/data/01_tables.ipynb #decode
-_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', # before UTF-16, whose mark begins alike
+# UTF-32 before UTF-16, whose mark begins alike
+_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
           codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 
 def encoding_of(
@@ -193,17 +194,18 @@ def _check_row(
     "Raises `InputError` for a row that cannot be right, or that may be several."
     place = f'{path} line {row.line}'
     if row.stands_open and (form.delimiter != '\t' or len(row.fields) != columns): _refuse_open(place)
-    if any(row.fields[columns:]): raise InputError(f'{place}: {len(row.fields)} fields, but {columns} columns')
+    fields = len(row.fields)
+    if any(row.fields[columns:]): raise InputError(f'{place}: {fields} fields, but {columns} columns')
     more = row.text.count(form.newline)
     if more and _could_be_rows(row, columns, form):
-        raise InputError(f'{place}: a quote opens here and closes on line {row.line + more}, though each of these '
-            'lines could be a row; double the quotes that belong to the text, and quote that field')
+        raise InputError(f'{place}: a quote opens here and closes on line {row.line + more}, though each of '
+            'these lines could be a row; double the quotes that belong to the text, and quote that field')
 
 # %% ../../nbs/data/01_tables.ipynb #parse
 def parse(
     text: str, # content of a CSV or TSV file
     path: Path # for messages
-) -> tuple[list[str], dict[int, list[str]], list[int]]: # header; fields by line; lines where a quote is a letter
+) -> tuple[list[str], dict[int, list[str]], list[int]]: # header; fields by line; lines with a quote as letter
     "Split `text` into records. Raises `InputError` as `_check_row`."
     form = _form(text)
     records = _records(text, form)
@@ -234,7 +236,8 @@ def _text_of(
 def _as_text(
     table: pd.DataFrame # of any types, its columns unique
 ) -> pd.DataFrame: # of text, '' for missing, indexed by row number
-    columns = {c: [_text_of(v) if known else '' for v, known in zip(table[c], table[c].notna())] for c in table}
+    texts = lambda column: [_text_of(v) if known else '' for v, known in zip(column, column.notna())]
+    columns = {c: texts(table[c]) for c in table}
     return pd.DataFrame(columns, dtype=str, index=range(1, len(table) + 1)).rename_axis('row')
 
 # %% ../../nbs/data/01_tables.ipynb #read-parquet
@@ -245,16 +248,18 @@ def read_parquet(
     with readable(path): raw = path.read_bytes()
     try: table = pd.read_parquet(io.BytesIO(raw))
     except ImportError as e:
-        raise InputError(f'{path}: Parquet needs pyarrow (pip install pyarrow); or give a CSV or TSV table') from e
-    except Exception as e: raise InputError(f'{path}: not a Parquet file: {e}') from e # engines raise anything
+        raise InputError(f'{path}: Parquet needs pyarrow (pip install pyarrow); or give CSV or TSV') from e
+    except Exception as e: # engines raise anything
+        raise InputError(f'{path}: not a Parquet file: {e}') from e
     named = [o for o in table.index.names if o is not None and o not in table]
     table = table.reset_index(named).reset_index(drop=True).convert_dtypes()
     table.columns = [str(c) for c in table]
     _refuse_twice(table, path)
     try: return _as_text(table)
-    except UnicodeDecodeError as e: raise InputError(f'{path}: damaged: a text is no UTF-8 ({e.reason})') from e
+    except UnicodeDecodeError as e:
+        raise InputError(f'{path}: damaged: a text is no UTF-8 ({e.reason})') from e
 
-# %% ../../nbs/data/01_tables.ipynb #read-text-table
+# %% ../../nbs/data/01_tables.ipynb #say-odd
 def _say_odd(
     decoded: int, # lines that were not UTF-8
     lone: list[int], # lines where a quote is a letter
@@ -266,6 +271,7 @@ def _say_odd(
     if short: said.append(f'rows with fewer fields than columns: {len(short)} (lines {first_few(short)})')
     return said
 
+# %% ../../nbs/data/01_tables.ipynb #read-text-table
 def _read_text_table(
     path: Path # CSV or TSV
 ) -> tuple[pd.DataFrame, list[str]]: # columns of text, indexed by line; what was repaired or is odd
@@ -295,7 +301,7 @@ def _repair_prose(
 # %% ../../nbs/data/01_tables.ipynb #read-rows
 def read_rows(
     path: Path # CSV, TSV or Parquet
-) -> tuple[pd.DataFrame, list[str], int]: # table and notes as `read_table`; number of blank rows that were dropped
+) -> tuple[pd.DataFrame, list[str], int]: # table and notes as `read_table`; number of blank rows, dropped
     "Read a table as text and repair its encoding. Raises `InputError` as `read_table`."
     parquet = path.suffix.lower() == '.parquet'
     table, said = (read_parquet(path), []) if parquet else _read_text_table(path)
@@ -309,8 +315,8 @@ def read_rows(
 
 def read_table(
     path: str|Path # CSV, TSV or Parquet
-) -> tuple[pd.DataFrame, list[str]]: # columns of text, '' for missing, indexed by line; what was repaired, a line each
-    "Read a table as text and repair its encoding. Raises `InputError` naming the file and line that cannot be read."
+) -> tuple[pd.DataFrame, list[str]]: # text, '' for missing, indexed by line; what was repaired, a line each
+    "Read a table as text and repair its encoding. Raises `InputError` naming file and line."
     return read_rows(Path(path))[:2]
 
 # %% ../../nbs/data/01_tables.ipynb #columns
