@@ -14,11 +14,11 @@ import pandas as pd
 
 from ..core.base import InputError
 from .collection import Collection, has_text, pool_order
-from .names import composed, part_of, set_of, without_litter
+from .names import composed, part_of, set_of
 from .pictures import (inspect_images, left_out, picture_folder, picture_index, say_left_out,
                                      stem)
 from .splits import last_as_test
-from .tables import columns_of, first_few, parse_dates, read_rows, readable
+from .tables import columns_of, entries_of, first_few, parse_dates, read_rows
 
 # %% ../../nbs/data/01d_layouts.ipynb #standard
 _ALIASES = dict(article='article_id', articleid='article_id', article_url='url', article_title='title',
@@ -389,10 +389,9 @@ def _tables_below(
     folder: Path,
     depth: int # how far below to look
 ) -> Iterator[Path]: # in order of their names
-    with readable(folder): entries = {o.name: o for o in os.scandir(folder)}
-    for name in without_litter(entries):
+    for name, is_folder in entries_of(folder).items():
         if os.path.splitext(name)[1].lower() in ('.tsv', '.csv', '.parquet'): yield folder/name
-        elif depth and entries[name].is_dir(): yield from _tables_below(folder/name, depth - 1)
+        elif depth and is_folder: yield from _tables_below(folder/name, depth - 1)
 
 def _tables(
     root: Path # folder of a collection

@@ -18,8 +18,8 @@ import pandas as pd
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..core.base import InputError
-from .names import composed, part_of, set_of, without_litter, words_of
-from .tables import first_few, readable
+from .names import composed, part_of, set_of, words_of
+from .tables import entries_of, first_few
 
 # %% ../../nbs/data/01a_pictures.ipynb #picture-limits
 # pixel formats only: Pillow hands others to outside programs
@@ -121,10 +121,9 @@ def _list(
     folder: Path
 ) -> tuple[list[str], bool]: # names of its sub-folders; whether it holds pictures
     "What a person put there. Raises `InputError` where it cannot be read."
-    with readable(folder): entries = {o.name: o.is_dir() for o in os.scandir(folder)}
-    names = without_litter(entries)
-    pictures = (o for o in names if suffix_of(o) in PICTURE_SUFFIXES and not entries[o])
-    return [o for o in names if entries[o]], any(pictures)
+    entries = entries_of(folder)
+    holds = any(suffix_of(o) in PICTURE_SUFFIXES and not is_folder for o, is_folder in entries.items())
+    return [o for o, is_folder in entries.items() if is_folder], holds
 
 def is_for_pictures(
     name: str # of a folder
@@ -193,8 +192,7 @@ def picture_index(
     folder: Path # folder with pictures
 ) -> dict[str, str]: # file name, with and without its extension (composed) -> file name
     "Of files alike but for the extension, the last in order is the one without it; a full name is exact."
-    with readable(folder): names = without_litter(os.listdir(folder))
-    names = [o for o in names if suffix_of(o) in PICTURE_SUFFIXES]
+    names = [o for o in entries_of(folder) if suffix_of(o) in PICTURE_SUFFIXES]
     lower = {stem(name) + suffix_of(name): name for name in names} # .JPG is found as .jpg
     return {stem(name): name for name in names} | lower | {composed(name): name for name in names}
 
@@ -273,7 +271,7 @@ def left_out(
     given = images.file.where(images.file != '', images.image_id)
     taken = {name or said for name, said in zip(_names_of(folder, images), given)}
     stems = {stem(name): name for name in sorted(taken)}
-    files = without_litter(o.name for o in os.scandir(folder) if not os.path.isdir(o.path))
+    files = [name for name, is_folder in entries_of(folder).items() if not is_folder]
     left = dict(no_picture=[], same_name=[], not_named=[])
     for name in files:
         if name in taken: continue
