@@ -30,7 +30,8 @@ from tenacity import (AsyncRetrying, RetryCallState, retry_if_exception, stop_af
 
 from ..core.base import InputError, atomic_path, file_digest
 from .layouts import read_collection
-from .pictures import MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, open_image, picture_index
+from .pictures import (MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, is_for_pictures, open_image,
+                                     picture_index)
 from .fetch_settings import FetchSettings
 
 # %% ../../nbs/data/09a_fetch.ipynb #outcomes
@@ -212,7 +213,7 @@ def target_folder(folder: Path,  # where `read_collection` looked
                   root: Path  # the collection
                  ) -> Path:  # where new pictures belong
     "Raises `InputError` where that is outside of `root`."
-    named = folder.name in ('images', 'newsimages') or picture_index(folder)
+    named = is_for_pictures(folder.name) or picture_index(folder)
     target = (folder if named else folder/'images').resolve()
     if target.is_relative_to(root.resolve()): return target
     raise InputError(f'{target}: outside of {root}, reached by a link; put a real folder there')
