@@ -6,17 +6,19 @@
 __all__ = ['read_collection', 'check_data']
 
 # %% ../../nbs/data/01d_layouts.ipynb #imports
-import os, re
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.base import InputError
 from .collection import Collection, has_text, pool_order
-from .pictures import (composed, inspect_images, left_out, picture_folder, picture_index,
-                                     say_left_out, stem)
+from .names import composed, part_of, set_of
+from .pictures import (inspect_images, left_out, picture_folder, picture_index, say_left_out,
+                                     stem)
 from .splits import last_as_test
-from .tables import columns_of, first_few, parse_dates, read_rows, readable
+from .tables import columns_of, entries_of, first_few, parse_dates, read_rows
 
 # %% ../../nbs/data/01d_layouts.ipynb #standard
 _ALIASES = dict(article='article_id', articleid='article_id', article_url='url', article_title='title',
@@ -44,8 +46,8 @@ def _article_rows(
     dataset: str|pd.Series, # of each row
     split: str|pd.Series # of each row
 ) -> pd.DataFrame: # all columns of `Collection.articles`, dates still text
-    extra = [c for c in ('tags', 'title_en', 'text_en') if c in table]
-    columns = ['dataset', 'split', 'article_id', 'url', 'title', 'text', 'lang', 'date', 'image_id', *extra, 'place']
+    columns = 'dataset split article_id url title text lang date image_id'.split()
+    columns += [c for c in ('tags', 'title_en', 'text_en') if c in table] + ['place']
     rows = table.assign(dataset=dataset, split=split).reindex(columns=columns, fill_value='')
     return rows.assign(lang=rows.lang.where(rows.lang != '', rows.dataset.map(_LANGUAGES).fillna('')))
 
@@ -54,7 +56,7 @@ def _image_rows(
     table: pd.DataFrame, # standard columns, any of them
     dataset: str|pd.Series, # of each row
     split: str|pd.Series, # of each row
-    folder: Path # with the pictures
+    folder: Path|pd.Series # with the pictures
 ) -> pd.DataFrame: # columns of `Collection.images` before inspection
     table = table.drop(columns='url', errors='ignore').rename(columns={'image_url': 'url'})
     table = table.assign(dataset=dataset, split=split, folder=folder)
@@ -76,16 +78,51 @@ def _refuse_duplicates(
     first = rows[(rows[keys] == row[keys]).all(axis=1)].iloc[0]
     raise InputError(f'{row.place}: {what} {row[keys[-1]]} was given before, at {first.place}')
 
+# %% ../../nbs/data/01d_layouts.ipynb #kept-apart
+def _kept_apart(
+    rows: pd.DataFrame, # with columns dataset, split and that of the id
+    column: str, # 'article_id' or 'image_id'
+    ids: pd.Series # of `rows`: that of each, or '' where it may be the same in both parts
+) -> tuple[pd.Series, list[str]]: # ids, those of training changed where the test has them; what was done
+    keys = pd.MultiIndex.from_arrays([rows.dataset, ids])
+    twice = (ids != '') & (rows.split == 'train') & keys.isin(keys[rows.split == 'test'])
+    what = column.replace('_', ' ')
+    said = [f'{dataset}: {what}s in training and in test: {len(here)} ({first_few(here)}), kept apart: '
+            'in training they begin with train:' for dataset, here in ids[twice].groupby(rows.dataset)]
+    return rows[column].mask(twice, 'train:' + rows[column]), said
+
+# %% ../../nbs/data/01d_layouts.ipynb #other-pictures
+def _other_pictures(
+    images: pd.DataFrame # inspected
+) -> pd.Series: # ids of images that stand for different pictures in different parts; '' for the rest
+    found = images[images.status == 'ok']
+    different = found.groupby(['dataset', 'image_id']).sha256.nunique() > 1
+    keys = pd.MultiIndex.from_frame(images[['dataset', 'image_id']])
+    return images.image_id.where(keys.isin(different.index[different]), '')
+
+def _rename_apart(
+    articles: pd.DataFrame, # rows of `Collection.articles`
+    images: pd.DataFrame # inspected
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]: # with ids that mean one thing in a set; what was done
+    ids, said = _kept_apart(articles, 'article_id', articles.article_id)
+    image_ids, more = _kept_apart(images, 'image_id', _other_pictures(images))
+    keys = ['dataset', 'split', 'image_id']
+    renamed = dict(zip(images[keys].itertuples(index=False, name=None), image_ids))
+    own = [renamed.get(key, key[-1]) for key in articles[keys].itertuples(index=False, name=None)]
+    return articles.assign(article_id=ids, image_id=own), images.assign(image_id=image_ids), said + more
+
 # %% ../../nbs/data/01d_layouts.ipynb #account-for-folders
 def _account_for_folders(
     root: Path, # folder that was read
-    images: pd.DataFrame # of all pools, with columns folder, image_id, file
+    images: pd.DataFrame, # of all pools, with columns folder, image_id, file
+    tables: list[Path] # that were read
 ) -> tuple[dict[str, dict[str, int]], list[str]]: # folder -> its files, by what became of them; problems
     accounts, problems = {}, []
+    homes = {path.parent.resolve() for path in tables}
     for folder, rows in images.groupby('folder', sort=False):
         name = Path(os.path.relpath(folder, root.resolve())).as_posix()
         accounts[name], left = left_out(folder, rows)
-        problems += say_left_out(folder, left, home=folder == root.resolve())
+        problems += say_left_out(folder, left, home=folder in homes)
     return accounts, problems
 
 # %% ../../nbs/data/01d_layouts.ipynb #say-unusable
@@ -97,10 +134,10 @@ def _say_unusable(
         lines.append(f"{' '.join(keys[:2])}: images {keys[2]}: {len(bad)} ({first_few(bad.image_id)})")
     broken = images[images.status == 'broken']
     reasons = broken.reason.value_counts(sort=False).sort_values(ascending=False, kind='stable')
-    for why, n in reasons[:5].items():
-        lines.append(f'images broken, why: {why}: {n} ({first_few(broken.image_id[broken.reason == why])})')
-    if len(reasons) > 5: lines.append(f'images broken, why: {len(reasons) - 5} other reasons: {reasons[5:].sum()}')
-    return lines
+    for_reason = lambda why: first_few(broken.image_id[broken.reason == why])
+    said = [f'{why}: {n} ({for_reason(why)})' for why, n in reasons[:5].items()]
+    if len(reasons) > 5: said.append(f'{len(reasons) - 5} other reasons: {reasons[5:].sum()}')
+    return lines + [f'images broken, why: {o}' for o in said]
 
 # %% ../../nbs/data/01d_layouts.ipynb #collect
 def _collect(
@@ -113,42 +150,33 @@ def _collect(
 ) -> Collection:
     "Check the ids, inspect the pictures, parse the dates."
     images = images[images.image_id != ''].drop_duplicates(['dataset', 'split', 'image_id', 'file'])
-    _refuse_duplicates(articles, ['dataset', 'article_id'])
+    _refuse_duplicates(articles, ['dataset', 'split', 'article_id'])
     _refuse_duplicates(images, ['dataset', 'split', 'image_id'])
-    folders, left = _account_for_folders(root, images)
+    folders, left = _account_for_folders(root, images, [root/name for name in tables])
     images = inspect_images(pool_order(images.drop(columns='place')))
+    articles, images, apart = _rename_apart(articles.drop(columns='place').reset_index(drop=True), images)
     dates = parse_dates(articles.date)
     odd = int((dates.isna() & (articles.date != '')).sum())
-    problems = [*problems, *_say_unusable(images), *left, *[f'dates not understood: {odd}'] * bool(odd)]
-    articles = articles.drop(columns='place').assign(date=dates).reset_index(drop=True)
+    said = [*_say_unusable(images), *left, *apart, *[f'dates not understood: {odd}'] * bool(odd)]
     accounts = dict(tables=tables, folders=folders)
-    return Collection(root.resolve().name, layout, root, articles, images, tuple(problems), accounts=accounts)
+    made = articles.assign(date=dates), images, (*problems, *said)
+    return Collection(root.resolve().name, layout, root, *made, accounts=accounts)
 
 # %% ../../nbs/data/01d_layouts.ipynb #sets
-_SETS = re.compile('(?<![a-z])(?:gdelt[-_ ]?p?([12])|(rss|rt|tw))(?![a-z])', re.I)
-
-def _set_of(
-    path: Path # of a table, relative to the collection
-) -> str: # 'RSS', 'RT', 'TW', 'GDELT-P1', 'GDELT-P2' or '' where no name says it
-    "The set that the name of a file, or else of its folder, mentions."
-    found = filter(None, map(_SETS.search, [path.stem, *reversed(path.parent.parts)]))
-    return next((f'GDELT-P{m[1]}' if m[1] else m[2].upper() for m in found), '')
-
 def _sets_of(
     root: Path, # of the collection
     paths: list[Path] # official tables in it
 ) -> dict[Path, str]: # table -> its data set; that of 2021 has no sets
     "Raises `InputError` where only some of the names tell a set."
-    sets = {path: _set_of(path.relative_to(root)) for path in paths}
-    if not any(sets.values()): return dict.fromkeys(paths, 'newsimages2021')
+    sets = {path: set_of(path.relative_to(root)) for path in paths}
+    whole = set_of(Path(root.resolve().name)) or 'newsimages2021'
+    if not any(sets.values()): return dict.fromkeys(paths, whole)
     stray = [path for path in paths if not sets[path]]
     if not stray: return sets
     others = ', '.join(sorted(set(sets.values()) - {''}))
     raise InputError(f'{stray[0]}: of which set? Put it in a folder named like the others ({others})')
 
 # %% ../../nbs/data/01d_layouts.ipynb #role
-_TRUTH = re.compile('(?<![a-z])(gt|truth|test)(?![a-z])', re.I)
-
 def _role(
     table: pd.DataFrame, # standard columns
     path: Path # relative to the collection
@@ -158,7 +186,7 @@ def _role(
     prose, images = filled(['title', 'text']), filled(['image_id'])
     if prose and 'article_id' not in table:
         raise InputError(f"{path}: no column article or articleID; it has {', '.join(table)}")
-    if prose and images: return 'truth' if _TRUTH.search(str(path)) else 'train'
+    if prose and images: return 'truth' if part_of(path) == 'test' else 'train'
     if prose or images: return 'articles' if prose else 'images'
     raise InputError(f"{path}: neither articles (title, text) nor images (iid); it has {', '.join(table)}")
 
@@ -173,8 +201,9 @@ def _say_beyond(
     for dataset, rows in truth.groupby('dataset'):
         here = texts[texts.dataset == dataset]
         pooled = pool.image_id[pool.dataset == dataset]
+        without_text = (unlisted.dataset == dataset).sum() if len(here) else 0
         beyond = {
-            'articles of the truth that are not among the test texts': len(here) and (unlisted.dataset == dataset).sum(),
+            'articles of the truth that are not among the test texts': without_text,
             'test articles that the truth does not know': (here.image_id == '').sum(),
             'images of the truth that are not in the pool': (~rows.image_id.isin(pooled)).sum()}
         problems += [f'{dataset}: {what}: {n}' for what, n in beyond.items() if n]
@@ -189,7 +218,8 @@ def _join_truth(
     keys = ['dataset', 'article_id']
     for role, rows in articles.groupby('role'): _refuse_duplicates(rows, keys)
     _refuse_duplicates(images[images.role == 'images'], ['dataset', 'image_id'])
-    truth, rest = articles[articles.role == 'truth'], articles[articles.role != 'truth'].reset_index(drop=True)
+    of_truth = articles.role == 'truth'
+    truth, rest = articles[of_truth], articles[~of_truth].reset_index(drop=True)
     known = rest[keys].merge(truth[[*keys, 'image_id']], how='left').image_id.fillna('')
     rest['image_id'] = rest.image_id.where(rest.role == 'train', known)
     texts = rest[rest.role == 'articles']
@@ -215,9 +245,11 @@ def _account_for_table(
     "Rows are articles, images (in a table of them alone), or dropped for a reason."
     without = int((table.image_id == '').sum()) if role == 'images' else 0
     what = 'images' if role == 'images' else 'articles'
-    account = {'rows': len(table) + blank, 'blank': blank, 'no_image_id': without, 'joined': 0, what: len(table) - without}
+    account = dict(rows=len(table) + blank, blank=blank, no_image_id=without, joined=0)
+    account[what] = len(table) - without
     return account, [f'rows without an image id, left out: {without}'] * bool(without)
 
+# %% ../../nbs/data/01d_layouts.ipynb #move-joined
 def _move_joined(
     accounts: dict[str, dict[str, int]], # of the tables
     articles: pd.DataFrame # rows of all of them, with columns table, role, dataset, article_id
@@ -231,28 +263,38 @@ def _move_joined(
         accounts[table]['joined'] += int(n)
         accounts[table]['articles'] -= int(n)
 
+# %% ../../nbs/data/01d_layouts.ipynb #mended
+def _mended(
+    table: pd.DataFrame, # standard columns
+    dataset: str, # that it belongs to
+    role: str # as `_role`
+) -> pd.DataFrame: # with real ids, and tags where they belong
+    if dataset.startswith('GDELT'): return table.rename(columns={'text': 'tags'})
+    texts_of_2021 = dataset == 'newsimages2021' and role == 'articles'
+    obfuscated = texts_of_2021 and table.article_id.str.fullmatch(r'1\d{9}').all()
+    return table.assign(article_id=table.article_id.map(_real_id)) if obfuscated else table
+
 # %% ../../nbs/data/01d_layouts.ipynb #official-table
 def _official_table(
     path: Path, # of the table
     dataset: str, # that it belongs to
     root: Path # of the collection
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int], list[str]]: # rows of articles, of images; account; problems
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int], list[str]]: # rows: articles, images; account; problems
     "Read one table of an official collection; rows have columns role and table besides."
     table, notes, blank = read_rows(path)
     table, name = _standard(table, path), path.relative_to(root)
     role = _role(table, name)
     split = 'train' if role == 'train' else 'test'
-    obfuscated = dataset == 'newsimages2021' and role == 'articles' and table.article_id.str.fullmatch(r'1\d{9}').all()
-    if obfuscated: table['article_id'] = table.article_id.map(_real_id)
-    if dataset.startswith('GDELT'): table = table.rename(columns={'text': 'tags'})
+    table = _mended(table, dataset, role)
     account, more = _account_for_table(table, blank, role)
-    no_articles, no_images = role == 'images', role == 'articles'
-    articles = _article_rows(table[:0] if no_articles else table, dataset, split)
-    images = _image_rows(table[:0] if no_images else table, dataset, split, picture_folder(path.parent))
+    articles = _article_rows(table[:0] if role == 'images' else table, dataset, split)
+    folder = picture_folder(path.parent, root, dataset, split)
+    images = _image_rows(table[:0] if role == 'articles' else table, dataset, split, folder)
     stamp = dict(role=role, table=name.as_posix())
-    return articles.assign(**stamp), images.assign(**stamp), account, notes + [f'{path.name}: {o}' for o in more]
+    notes += [f'{path.name}: {o}' for o in more]
+    return articles.assign(**stamp), images.assign(**stamp), account, notes
 
-# %% ../../nbs/data/01d_layouts.ipynb #official
+# %% ../../nbs/data/01d_layouts.ipynb #official-layout
 def _official_layout(
     articles: pd.DataFrame # of all sets
 ) -> str: # 'newsimages2021', -2022 or -2023
@@ -260,6 +302,7 @@ def _official_layout(
     later = articles.dataset.str.startswith('GDELT').any() or 'title_en' in articles
     return 'newsimages2023' if later else 'newsimages2022'
 
+# %% ../../nbs/data/01d_layouts.ipynb #official
 def _read_official(
     root: Path, # of the collection
     paths: list[Path] # its official tables
@@ -267,12 +310,12 @@ def _read_official(
     "Read NewsImages 2021, 2022 or 2023."
     tables = [_official_table(path, dataset, root) for path, dataset in _sets_of(root, paths).items()]
     articles, images = [[o[i] for o in tables if len(o[i])] for i in (0, 1)]
-    if not (articles and images):
-        raise InputError(f"{root}: only {'articles' if articles else 'images'} found; the other table is missing")
+    only = 'articles' if articles else 'images'
+    if not (articles and images): raise InputError(f'{root}: only {only} found; the other table is missing')
     accounts = {path.relative_to(root).as_posix(): account for path, (_, _, account, _) in zip(paths, tables)}
-    articles = pd.concat(articles).fillna('')
+    articles, images = pd.concat(articles).fillna(''), pd.concat(images).drop(columns='table')
     _move_joined(accounts, articles)
-    articles, images, said = _join_truth(articles.drop(columns='table'), pd.concat(images).drop(columns='table'))
+    articles, images, said = _join_truth(articles.drop(columns='table'), images)
     problems = [line for *_, lines in tables for line in lines] + said
     return _collect(root, _official_layout(articles), articles, images, problems, accounts)
 
@@ -288,33 +331,49 @@ def _splits_of(
     if not bad.any(): return split
     raise InputError(f'{table.place[bad].iloc[0]}: split is {split[bad].iloc[0]!r}; it must be train or test')
 
-# %% ../../nbs/data/01d_layouts.ipynb #single-table
+# %% ../../nbs/data/01d_layouts.ipynb #whole-pool
 def _whole_pool(
-    table: pd.DataFrame, # with columns dataset and split
-    folder: Path # with pictures
+    table: pd.DataFrame, # with columns dataset, split and folder
 ) -> pd.DataFrame: # standard columns of images
-    "Every picture of a folder, in each data set and split."
-    ids = sorted({stem(name) for name in picture_index(folder).values()})
-    pool = pd.DataFrame(dict(image_id=ids, place=str(folder)))
-    return table[['dataset', 'split']].drop_duplicates().merge(pool, how='cross')
+    "Every picture of a folder, in each data set and split that has it."
+    pools = []
+    for folder, rows in table.groupby('folder'):
+        ids = sorted({stem(name) for name in picture_index(folder).values()})
+        pool = pd.DataFrame(dict(image_id=ids, place=str(folder)))
+        pools.append(rows[['dataset', 'split', 'folder']].drop_duplicates().merge(pool, how='cross'))
+    return pd.concat(pools)
 
+# %% ../../nbs/data/01d_layouts.ipynb #folders-of-splits
+def _folders_of(
+    split: pd.Series, # of each article
+    base: Path, # folder of the table
+    root: Path # of the collection
+) -> pd.Series: # the folder with the picture of each
+    "One for all, or one for each part that the table tells apart."
+    parts = split.unique()
+    folders = {o: picture_folder(base, root, split=o if len(parts) > 1 else '') for o in parts}
+    return split.map(folders)
+
+# %% ../../nbs/data/01d_layouts.ipynb #single-table
 def _read_single(
     path: Path, # table of articles
     layout: str, # 'plain' or 'newsimages2025'
-    dataset: str # name where the table has no column dataset
+    dataset: str, # name where the table has no column dataset
+    root: Path # of the collection
 ) -> tuple[Collection, bool]: # as the table has it; whether it leaves it to us to make a split
-    "Read one table of articles and the folder of pictures beside it."
+    "Read one table of articles and the pictures beside it."
     table, problems, blank = read_rows(path)
-    table, folder = _standard(table, path), picture_folder(path.parent)
+    table = _standard(table, path)
     linked = 'image_id' in table and (table.image_id != '').any()
     unsplit = linked and ('split' not in table or (table.split == '').all())
     named = table.dataset.replace('', dataset) if 'dataset' in table else dataset
     table = table.assign(dataset=named, split=_splits_of(table, linked))
-    images = table if linked else _whole_pool(table, folder)
-    images = _image_rows(images, images.dataset, images.split, folder)
-    accounts = {path.name: _account_for_table(table, blank, 'articles')[0]}
+    table = table.assign(folder=_folders_of(table.split, path.parent, root))
+    images = table if linked else _whole_pool(table)
+    images = _image_rows(images, images.dataset, images.split, images.folder)
+    accounts = {path.relative_to(root).as_posix(): _account_for_table(table, blank, 'articles')[0]}
     articles = _article_rows(table, table.dataset, table.split)
-    return _collect(path.parent, layout, articles, images, problems, accounts), unsplit
+    return _collect(root, layout, articles, images, problems, accounts), unsplit
 
 # %% ../../nbs/data/01d_layouts.ipynb #layout-of
 def _layout_of(
@@ -326,42 +385,53 @@ def _layout_of(
     return 'plain' if has(['article_id', 'title']) else ''
 
 # %% ../../nbs/data/01d_layouts.ipynb #tables
+def _tables_below(
+    folder: Path,
+    depth: int # how far below to look
+) -> Iterator[Path]: # in order of their names
+    for name, is_folder in entries_of(folder).items():
+        if os.path.splitext(name)[1].lower() in ('.tsv', '.csv', '.parquet'): yield folder/name
+        elif depth and is_folder: yield from _tables_below(folder/name, depth - 1)
+
 def _tables(
     root: Path # folder of a collection
-) -> list[Path]: # its tables and those one level below
-    if not root.is_dir():
-        raise InputError(f"{root}: {'a file; give the folder that holds it' if root.exists() else 'no such folder'}")
-    with readable(root): os.listdir(root) # glob would find nothing in a folder without permission
-    found = sorted(p for pattern in ('*', '*/*') for p in root.glob(pattern))
-    return [p for p in found if p.suffix.lower() in ('.tsv', '.csv', '.parquet') and not p.name.startswith('.')]
+) -> list[Path]: # its tables, up to three folders below
+    where = 'a file; give the folder that holds it' if root.exists() else 'no such folder'
+    if not root.is_dir(): raise InputError(f'{root}: {where}')
+    return sorted(_tables_below(root, 3))
 
-# %% ../../nbs/data/01d_layouts.ipynb #read-collection
+# %% ../../nbs/data/01d_layouts.ipynb #only-table
 def _only_table(
     root: Path, # folder of the collection
     columns: dict[Path, list[str]], # of its tables, none of them official
-) -> Path: # the table of articles
+) -> Path: # the table of articles that lies least deep
     "Raises `InputError` where there is none, or several."
-    found = [path for path, names in columns.items() if _layout_of(names) and path.parent == root]
+    depth = {path: len(path.parts) for path, names in columns.items() if _layout_of(names)}
+    found = [path for path in depth if depth[path] == min(depth.values())]
     if len(found) == 1: return found[0]
-    if found: raise InputError(f"{root}: several tables of articles: {', '.join(p.name for p in found)}; keep one")
-    others = '; '.join(f"{path.name} ({', '.join(c)[:80]})" for path, c in list(columns.items())[:3]) or 'no table'
-    raise InputError(f'{root}: no known layout; looked for tables with columns article, iid, title (2021 to 2023), '
-        f'article_id, article_title, image_id (2025) or article_id, title (plain); found {others}')
+    names = ', '.join(path.relative_to(root).as_posix() for path in found)
+    if found: raise InputError(f'{root}: several tables of articles: {names}; keep one')
+    others = '; '.join(f"{path.name} ({', '.join(c)[:80]})" for path, c in list(columns.items())[:3])
+    raise InputError(f'{root}: no known layout; looked for tables with columns article, iid, title (2021 to '
+        '2023), article_id, article_title, image_id (2025) or article_id, title (plain); found '
+        f"{others or 'no table'}")
 
+# %% ../../nbs/data/01d_layouts.ipynb #read-collection
 def read_collection(
     root: str|Path, # folder in an official NewsImages layout, or with a table and pictures
-    n_test: int = 1500, # size of the test of each data set where the table gives no split (2025, plain); 0 for none
+    n_test: int = 1500, # size of each data set's test where the table gives no split (2025, plain); 0: none
     split_plain: bool = True # make a split where a plain table gives none
 ) -> Collection:
-    "Read a collection and check its pictures. Raises `InputError` naming the file and line, or what was looked for."
+    "Read a collection, check its pictures. Raises `InputError` naming file and line, or what was looked for."
     root = Path(root)
     columns = {path: columns_of(path) for path in _tables(root)}
     official = [path for path, names in columns.items() if _layout_of(names) == 'official']
     if official: return _read_official(root, official)
     path = _only_table(root, columns)
     layout = _layout_of(columns[path])
-    collection, unsplit = _read_single(path, layout, path.stem if layout == 'plain' else 'GDELT-P1-2025')
-    return last_as_test(collection, n_test) if unsplit and (split_plain or layout != 'plain') else collection
+    plain = layout == 'plain'
+    collection, unsplit = _read_single(path, layout, path.stem if plain else 'GDELT-P1-2025', root)
+    return last_as_test(collection, n_test) if unsplit and (split_plain or not plain) else collection
 
 # %% ../../nbs/data/01d_layouts.ipynb #counts
 _STATUSES = ('missing', 'broken', 'oversized', 'extreme', 'outside', 'not_in_pool')
@@ -373,23 +443,24 @@ def _counts(
     articles, keys = part.articles, ['dataset', 'image_id']
     linked = articles[keys][articles.image_id != '']
     wanted = linked if len(linked) else part.images[keys]
-    status = wanted.merge(part.images[[*keys, 'status']], how='left').status.fillna('not_in_pool').value_counts()
+    status = wanted.merge(part.images[[*keys, 'status']], how='left').status.fillna('not_in_pool')
+    status = status.value_counts()
     counts = dict(articles=len(articles), with_image=int(status.get('ok', 0)))
     counts |= {f'{o}_image': int(status.get(o, 0)) for o in _STATUSES}
     counts |= dict(images=len(part.images), no_text=int((~has_text(articles)).sum()),
         duplicate_texts=int(articles.duplicated(['dataset', 'title', 'text']).sum()))
-    if len(part.datasets) > 1: counts['datasets'] = {o: _counts(part.subset(dataset=o)) for o in part.datasets}
-    return counts
+    sets = part.datasets if len(part.datasets) > 1 else []
+    return counts | ({'datasets': {o: _counts(part.subset(dataset=o)) for o in sets}} if sets else {})
 
 # %% ../../nbs/data/01d_layouts.ipynb #check-data
 def check_data(
     root: str|Path # folder of a collection
-) -> dict: # {'layout', 'splits': {'train': {'articles', 'with_image', ...}, 'test'}, 'problems', 'tables', 'folders'}
+) -> dict: # layout, splits (train and test: articles, with_image ...), problems, tables, folders
     """Layout, counts per split, problems and accounts of a collection.
 
-    Of each table, `rows` are `blank`, without an image id where it lists images, `joined` to an article of another
-    table, `articles` or `images`; of each folder, `files` are `in_pool`, `no_picture`, beside another of the
-    `same_name` or `not_named` by any article."""
+    Of each table, `rows` are `blank`, without an image id where it lists images, `joined` to an article of
+    another table, `articles` or `images`; of each folder, `files` are `in_pool`, `no_picture`, beside another
+    of the `same_name` or `not_named` by any article."""
     c = read_collection(root)
     splits = {o: _counts(c.subset(split=o)) for o in ('train', 'test')}
     return dict(layout=c.layout, splits=splits, problems=list(c.problems), **c.accounts)

@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'PAPERS', 'STUDY_TABLES', 'STUDY_FIGURES', 'PAPER_LAYOUT
            'parameter_departures', 'Choice', 'choices_table', 'command_line']
 
 # %% ../../nbs/study/06_registry.ipynb #imports
-import ast, csv, io, json, math, re, shlex, tokenize
+import ast, csv, io, json, math, os, re, shlex, tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -267,15 +267,18 @@ def choices_table(choices: Sequence[Choice]  # of one paper
                                                                                               'effect']]
 
 # %% ../../nbs/study/06_registry.ipynb #command-line
+def _full_path(option: str, value: str) -> str:
+    return os.path.abspath(value) if option == 'weights' or option == 'data' and value != 'mini' else value
+
 def command_line(notebook: Notebook,  # that is run
                  declared: Mapping[str, Parameter],  # its parameters
                  values: Mapping[str, Any]  # as run
                 ) -> str:
-    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into a shell."
+    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell in any folder."
     changed = {name: value for name, value in values.items()
                if name != 'out_dir' and value != declared[name].default}
     words = ['newsrepro', 'reproduce', '--only', notebook.name]
     for name in ('profile', 'data', 'device', 'weights'):
-        if name in changed: words += [f'--{name}', str(changed.pop(name))]
+        if name in changed: words += [f'--{name}', _full_path(name, str(changed.pop(name)))]
     return shlex.join([*words, *(word for name, value in changed.items()
                                  for word in ('--set', f'{notebook.name}.{name}={value}'))])
