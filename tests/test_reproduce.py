@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from newsrepro.core.base import PACKAGE, InputError
-from newsrepro.data.collection import find_layout
-from newsrepro.data.layouts import read_collection
+from newsrepro.data.layouts import find_layout, read_collection
 from newsrepro.study.plan import Request, identity_of, make_plan, plan_from_config
 from newsrepro.study.registry import Notebook, notebook_parameters
 from newsrepro.study.study import mini_root

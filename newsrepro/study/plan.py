@@ -131,7 +131,7 @@ def collections_asked(
     if set(given) == {'mini'}: return {'mini': 'mini'}
     if 'mini' in given:
         raise InputError('--data mini: the generated collections are of all layouts; give them alone')
-    from newsrepro.data.collection import find_layout
+    from newsrepro.data.layouts import find_layout
     named = [existing_folder('data', name) for name in given]
     folders = {os.path.realpath(folder): folder for folder in named}
     layouts = {folder: find_layout(folder) for folder in folders.values()}
