@@ -1,4 +1,4 @@
-"""`newsrepro verify` on the reference itself, on changed copies, on what is no report; plans before any work."""
+"""`newsrepro verify` on the reference, on changed copies, on what is no report; plans before any work."""
 import csv
 import json
 import os
