@@ -109,6 +109,7 @@ def skipped_jobs(
         if lacks: skipped[job.name] = lacks
     return skipped
 
+# %% ../../nbs/study/25b_reproduce.ipynb #refuse-skips
 def refuse_skips(
     plan: Sequence[Job],  # in the order of who reads whom
     only: Sequence[str],  # names asked for
