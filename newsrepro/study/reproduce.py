@@ -375,9 +375,10 @@ def publish(job: Job, staging: Path,
            ) -> dict:  # the record
     "Move the results of `execute` into the report. Raises `FileNotFoundError` when a declared one was not made."
     made, out = staging/'out', Path(job.out)
-    if missing := [name for name in job.makes if not (made/name).is_file()]:
-        raise FileNotFoundError(f"{job.name} ended without writing {', '.join(missing)}")
     provenance = read_json(made/'provenance'/f'{job.name}.json') or {}
+    skipped = provenance.get('skipped', {})  # table or figure -> why this data cannot give it
+    if missing := [name for name in job.makes if not (made/name).is_file() and Path(name).stem not in skipped]:
+        raise FileNotFoundError(f"{job.name} ended without writing {', '.join(missing)}")
     shutil.rmtree(made/'provenance', ignore_errors=True)
     moves = {path.relative_to(made).as_posix(): path for path in sorted(made.rglob('*')) if path.is_file()}
     moves[f'notebooks/{job.name}.ipynb'] = staging/'notebook.ipynb'
