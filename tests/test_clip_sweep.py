@@ -16,10 +16,11 @@ from scipy import stats
 
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import ZHANG_BACKBONES, find_backbone
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.methods.clip_sweep import (COMPARISONS, agreement, draw_samples, finding, holm, places_among,
                                           spread, zero_shot)
-from newsrepro.models.embed import EmbeddingStore, load_encoder
+from newsrepro.models.loader import load_encoder
+from newsrepro.models.store import EmbeddingStore
 from newsrepro.study.registry import published_table
 
 NEWSREPRO = Path(sys.executable).with_name('newsrepro')

@@ -17,8 +17,8 @@ from PIL import Image
 from newsrepro.methods import fine_tune as module
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import MissingCheckpoint, find_backbone
-from newsrepro.data.collection import read_collection
-from newsrepro.models.embed import load_encoder
+from newsrepro.data.layouts import read_collection
+from newsrepro.models.loader import load_encoder
 from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, hold_out,
                                          load_fine_tuned, load_pool, make_recipe, model_key, news_texts,
                                          part_of_pool, pool_pairs, save_fine_tuned, search, what_is_kept)
@@ -28,7 +28,7 @@ ENTRY = find_backbone('ViT-B/32', 'mini')
 MAKE = '''
 import torch
 from newsrepro.core.checkpoints import find_backbone
-from newsrepro.models.embed import load_encoder
+from newsrepro.models.loader import load_encoder
 from newsrepro.methods.fine_tune import fine_tune
 from newsrepro.models.train import Pairs, Recipe
 torch.set_num_threads(1)

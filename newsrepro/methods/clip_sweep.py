@@ -12,8 +12,10 @@ from math import sqrt
 import numpy as np
 
 from ..core.base import InputError
-from ..data.collection import Collection, sample_pairs
-from ..models.embed import EmbeddingStore, Encoder, embed
+from ..data.collection import Collection
+from ..data.splits import sample_pairs
+from ..models.loader import Encoder
+from ..models.store import EmbeddingStore, embed
 from ..ranking.pool import Pool, ranked
 from ..study.registry import Choice
 
@@ -33,6 +35,7 @@ CHOICES = (
            'what is lost: zhang2022-extra-token-loss'),
     Choice('search', '100 nearest neighbours by cosine', 'as the paper, exact', 'stated',
            'none: the last check below'),
+    Choice('precision', 'not stated', 'on a GPU that of the published weights (fp16)', 'inferred'),
     Choice('MRR', 'mean reciprocal rank', 'MRR@100, as a list holds 100 images', 'inferred',
            'at most (1 - R@100)/101'),
 )

@@ -11,7 +11,6 @@ __all__ = ['CHOICES', 'SPLITS', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'h
 import copy, hashlib, json, os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from warnings import warn
@@ -25,10 +24,12 @@ from safetensors.torch import save_file
 from ..core.base import PACKAGE, InputError, atomic_path
 from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..core.threads import threads_for
-from ..data.collection import Collection, chronological_split, random_split
-from ..models.embed import Encoder, encode_batch, load_encoder, preprocessing, tokenizer
-from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, encode_short, identity,
-                                    load_pairs, normaliser, prune, train)
+from ..data.collection import Collection
+from ..data.splits import chronological_split, random_split
+from ..models.encoding import encode_pictures, encode_tokens
+from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
+from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, identity, load_pairs,
+                                    normaliser, prune, train)
 from ..ranking.pool import Pool, ranked
 from ..study.registry import Choice
 from ..text.cleaning import clean_all
@@ -51,6 +52,8 @@ CHOICES = (
     Choice('optimiser, rate, epochs', 'not stated',
            'Adam, 1e-5, batches of 64, 50 epochs, as PubMedCLIP (Eslami et al. 2023)', 'our choice'),
     Choice('loss', 'not stated', "CLIP's: both halves weigh the same", 'inferred'),
+    Choice('precision', 'not stated', 'trained in fp32; on a GPU searched in fp16, as published',
+           'inferred'),
     Choice('validation part', 'not stated', 'the newest fifth of the training part; holdout=0 trains on all',
            'our choice'),
     Choice('weights kept', 'not stated', 'lowest validation loss; without validation the last', 'our choice'),
@@ -197,13 +200,9 @@ def embed_pool(encoder: Encoder,  # of the pool's architecture
               ) -> tuple[np.ndarray, np.ndarray]:  # texts (n, dim), images (m, dim), unit rows
     "Embeddings of a pool's articles and images."
     normalise = normaliser(encoder.backbone)
-    by_length = pool.tokens.argmax(1).argsort(stable=True)
-    short = partial(encode_short, encoder.model)
-    texts = [encode_batch(encoder, pool.tokens[rows], batch_size, short)
-             for rows in by_length.split(batch_size)]
-    images = [encode_batch(encoder, normalise(pixels.float()/255), batch_size)
-              for pixels in pool.pixels.split(batch_size)]
-    return np.concatenate(texts)[by_length.argsort()], np.concatenate(images)
+    stream = lambda rows: (normalise(pixels.float()/255) for pixels in pool.pixels.split(rows))
+    texts = encode_tokens(encoder, pool.tokens, batch_size)
+    return texts, encode_pictures(encoder, stream, batch_size)
 
 def search(encoder: Encoder,  # of the pool's architecture
            pool: DecodedPool,  # articles, and the images to choose from
@@ -236,7 +235,8 @@ def save_fine_tuned(folder: Path,  # the model goes to a folder inside, called a
 # %% ../../nbs/methods/12_fine_tune.ipynb #load-fine-tuned
 def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
                     backbone: Backbone,  # that it must be one of
-                    device: str = 'cpu'  # where the model goes, such as 'cpu' or 'cuda:0'
+                    device: str = 'cpu',  # where the model goes, such as 'cpu' or 'cuda:0'
+                    precision: str = 'auto'  # as `load_encoder` takes it
                    ) -> Encoder:
     "The model in `folder`, never another; raises `MissingCheckpoint`, or `InputError` as `check_config`."
     inside = Path(folder)/backbone.model
@@ -247,7 +247,7 @@ def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
     try: config = json.loads((inside/CONFIG).read_text(encoding='utf-8'))
     except ValueError as e: raise InputError(f'{inside/CONFIG}: damaged ({e})') from None
     check_config(inside/CONFIG, config, backbone)
-    return load_encoder(backbone, Path(folder), device)
+    return load_encoder(backbone, Path(folder), device, precision)
 
 def check_config(path: Path,  # of the file, for the message
                  config: Mapping,  # what it holds
@@ -296,7 +296,7 @@ def fine_tune(start: Encoder,  # stays as it is
     os.utime(folder)
     prune(folder.parent, keep_bytes, folder)
     history = json.loads((folder/HISTORY).read_text(encoding='utf-8'))
-    return load_fine_tuned(folder, start.backbone, start.device), history
+    return load_fine_tuned(folder, start.backbone, start.device, start.precision), history
 
 def label(encoder: Encoder,  # that was made here
           kind: str = 'fine-tuned'  # how
