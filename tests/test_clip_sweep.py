@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from scipy import stats
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import ZHANG_BACKBONES, find_backbone
 from newsrepro.data.layouts import read_collection
-from newsrepro.methods.clip_sweep import (COMPARISONS, agreement, draw_samples, finding, holm, places_among,
-                                          spread, zero_shot)
+from newsrepro.methods.clip_sweep import (COMPARISONS, agreement, draw_samples, finding, places_among, spread,
+                                          zero_shot)
 from newsrepro.models.loader import load_encoder
 from newsrepro.models.store import EmbeddingStore
 from newsrepro.study.registry import published_table
@@ -119,18 +118,6 @@ def test_the_spread_is_the_prediction_interval_of_a_mean_and_one_more():
             t = (bound - values.mean())/np.sqrt(values.var(ddof=1)*(1 + 1/n))
             assert stats.t.sf(abs(t), n - 1) == pytest.approx(.025)
         assert row['value'] == pytest.approx(values.mean())
-
-
-def test_holm_rejects_what_the_procedure_rejects():
-    "Against the procedure as Holm states it: go up from the smallest while p is below level/(tests left)."
-    for p in permutations((.004, .012, .03, .2)):
-        for level in (.01, .02, .05, .1, .3):
-            rejected, left = set(), len(p)
-            for value in sorted(p):
-                if value*left >= level: break
-                rejected.add(value)
-                left -= 1
-            assert {value for value, corrected in zip(p, holm(p)) if corrected < level} == rejected
 
 
 def test_words_follow_interval_and_p():

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SPLITS', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'hold_out', 'make_recipe', 'what_is_kept',
            'DecodedPool', 'load_pool', 'reading', 'pool_pairs', 'part_of_pool', 'pairs_of', 'embed_pool', 'search',
-           'checkpoint_config', 'save_fine_tuned', 'load_fine_tuned', 'check_config', 'model_key', 'fine_tune', 'label']
+           'checkpoint_config', 'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key', 'train_copy',
+           'fine_tune', 'label']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #imports
 import copy, hashlib, json, os
@@ -38,29 +39,21 @@ from ..text.language import english, select
 # %% ../../nbs/methods/12_fine_tune.ipynb #choices
 CHOICES = (
     Choice('models', 'CLIP, ViT-B/32', 'one fine-tuning for each set and text', 'inferred'),
-    Choice('pictures', 'resized to 224 x 224, bicubic, normalised',
-           "CLIP's own: shorter side to 224, bicubic, centre square", 'inferred', 'EFFECT_SQUASH'),
+    Choice('pictures', 'resized to 224 x 224, bicubic', "CLIP's own: shorter side, bicubic, centre square",
+           'inferred', 'pressed into a square: MRR +.002, -.005, +.003, all within noise (mini)'),
     Choice('augmentation', 'none stated', 'none: no random crops, no mirrors', 'inferred', 'EFFECT_WINDOW'),
     Choice('translation', 'RT into English; by what is not stated', 'OPUS-MT', 'our choice'),
-    Choice('T1', 'title and the first sentence of each paragraph or section',
-           'the same; paragraphs by line, or by line breaks that were lost', 'inferred'),
-    Choice('cleaning of news', 'seven steps, by NLTK',
-           'the same steps in their order, by libraries that ship their data', 'deviation'),
-    Choice('cleaning of tweets', 'emoji to tags, misspellings corrected, by Ekphrasis',
-           'the same, by libraries that ship their data', 'deviation'),
+    Choice('T1', 'title, first sentence of each section', 'sections by line or lost line break', 'inferred'),
+    Choice('cleaning of news', 'seven steps, by NLTK', 'the same, by libraries with their data', 'deviation'),
+    Choice('cleaning of tweets', 'emoji, spelling, by Ekphrasis', 'likewise by other libraries', 'deviation'),
     Choice('length of the text', '77, the context length', '77 tokens', 'stated'),
-    Choice('optimiser, rate, epochs', 'not stated',
-           'Adam, 1e-5, batches of 64, 50 epochs, as PubMedCLIP (Eslami et al. 2023)', 'our choice'),
+    Choice('recipe', 'not stated', 'Adam, 1e-5, batches of 64, 50 epochs (PubMedCLIP)', 'our choice'),
     Choice('loss', 'not stated', "CLIP's: both halves weigh the same", 'inferred'),
-    Choice('precision', 'not stated', 'trained in fp32; on a GPU searched in fp16, as published',
-           'inferred'),
-    Choice('validation part', 'not stated', 'the newest fifth of the training part; holdout=0 trains on all',
-           'our choice'),
+    Choice('precision', 'not stated', 'trained in fp32; on a GPU searched in fp16, as published', 'inferred'),
+    Choice('validation part', 'not stated', 'newest fifth of training; none by holdout=0', 'our choice'),
     Choice('weights kept', 'not stated', 'lowest validation loss; without validation the last', 'our choice'),
-    Choice('model of Table 1', 'section 3: the pre-trained one; caption: fine-tuned', 'both', 'our choice',
-           'both stand in vu2022-table-1'),
-    Choice('MRR of Table 1', 'mean reciprocal rank', 'every rank counts, however deep', 'inferred',
-           'does not explain what is printed: see the end'),
+    Choice('model of Table 1', 'text: pre-trained; caption: tuned', 'both', 'our choice', 'vu2022-table-1'),
+    Choice('MRR of Table 1', 'depth not stated', 'every rank counts', 'inferred', 'see the end'),
 )
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #news-texts
@@ -166,6 +159,7 @@ def pool_pairs(pool: DecodedPool,  # as `load_pool` or `reading` made it
     return Pairs(pool.pixels[columns], pool.tokens[rows], tuple(pool.texts[number] for number in rows),
                  tuple(pool.image_ids[column] for column in columns))
 
+# %% ../../nbs/methods/12_fine_tune.ipynb #part-of-pool
 def part_of_pool(pool: DecodedPool,  # that holds the part's articles and images
                  part: Collection,  # fewer of them
                  backbone: Backbone  # says the tokenizer
@@ -232,6 +226,18 @@ def save_fine_tuned(folder: Path,  # the model goes to a folder inside, called a
     with atomic_path(inside/WEIGHTS) as part: save_file(state, part)
     return inside/WEIGHTS
 
+# %% ../../nbs/methods/12_fine_tune.ipynb #check-config
+def check_config(path: Path,  # of the file, for the message
+                 config: Mapping,  # what it holds
+                 backbone: Backbone  # that it must be of
+                ) -> None:
+    "Raise `InputError` for the first value that is not the backbone's."
+    for part, wanted in checkpoint_config(backbone).items():
+        for name, value in wanted.items():
+            there = config.get(part, {}).get(name)
+            if there == value: continue
+            raise InputError(f'{path}: {part} {name} is {there!r}, {backbone.name} has {value!r}')
+
 # %% ../../nbs/methods/12_fine_tune.ipynb #load-fine-tuned
 def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
                     backbone: Backbone,  # that it must be one of
@@ -249,17 +255,6 @@ def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
     check_config(inside/CONFIG, config, backbone)
     return load_encoder(backbone, Path(folder), device, precision)
 
-def check_config(path: Path,  # of the file, for the message
-                 config: Mapping,  # what it holds
-                 backbone: Backbone  # that it must be of
-                ) -> None:
-    "Raise `InputError` for the first value that is not the backbone's."
-    for part, wanted in checkpoint_config(backbone).items():
-        for name, value in wanted.items():
-            there = config.get(part, {}).get(name)
-            if there == value: continue
-            raise InputError(f'{path}: {part} {name} is {there!r}, {backbone.name} has {value!r}')
-
 # %% ../../nbs/methods/12_fine_tune.ipynb #model-key
 def model_key(start: Encoder,  # that is trained from
               pairs: Pairs,  # to train on
@@ -274,6 +269,21 @@ def model_key(start: Encoder,  # that is trained from
         torch=torch.__version__, code=hashlib.sha256((PACKAGE/'models'/'train.py').read_bytes()).hexdigest())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
+# %% ../../nbs/methods/12_fine_tune.ipynb #train-copy
+def train_copy(start: Encoder,  # stays as it is
+               pairs: Pairs,  # to train on
+               valid: Pairs | None,  # held out
+               recipe: Recipe,  # how
+               folder: Path,  # of the trained model
+               progress: bool,  # show a bar
+               save_seconds: float  # least time between checkpoints
+              ) -> None:
+    "Train a copy of `start`; leaves its weights and its curve in `folder`, the curve last."
+    model = copy.deepcopy(start.model)
+    history = train(model, pairs, recipe, normaliser(start.backbone), progress, valid, folder, save_seconds)
+    save_fine_tuned(folder, model, start.backbone)
+    with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(history), encoding='utf-8')
+
 # %% ../../nbs/methods/12_fine_tune.ipynb #fine-tune
 def fine_tune(start: Encoder,  # stays as it is
               pairs: Pairs,  # to train on
@@ -287,17 +297,14 @@ def fine_tune(start: Encoder,  # stays as it is
     "Train a copy of `start`, or take it from `root` where it was trained before; a killed run goes on."
     folder = Path(root)/model_key(start, pairs, valid, recipe)
     if not (folder/HISTORY).is_file():
-        model = copy.deepcopy(start.model)
-        normalise = normaliser(start.backbone)
-        history = train(model, pairs, recipe, normalise, progress, valid, folder, save_seconds)
-        save_fine_tuned(folder, model, start.backbone)
-        with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(history), encoding='utf-8')
+        train_copy(start, pairs, valid, recipe, folder, progress, save_seconds)
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     os.utime(folder)
     prune(folder.parent, keep_bytes, folder)
-    history = json.loads((folder/HISTORY).read_text(encoding='utf-8'))
-    return load_fine_tuned(folder, start.backbone, start.device, start.precision), history
+    tuned = load_fine_tuned(folder, start.backbone, start.device, start.precision)
+    return tuned, json.loads((folder/HISTORY).read_text(encoding='utf-8'))
 
+# %% ../../nbs/methods/12_fine_tune.ipynb #label
 def label(encoder: Encoder,  # that was made here
           kind: str = 'fine-tuned'  # how
          ) -> str:
