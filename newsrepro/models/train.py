@@ -34,9 +34,8 @@ from tqdm import tqdm
 from ..core.checkpoints import Backbone
 from ..core.base import InputError, atomic_path
 from ..data.pictures import open_image
-from .embed import preprocessing, tokenizer
-from .encoding import encode_short
 from .loader import preprocessing, tokenizer
+from .encoding import encode_short
 from ..core.threads import threads_for
 
 # %% ../../nbs/models/07_train.ipynb #contrastive-loss
