@@ -1,4 +1,6 @@
 "The measures against a plain restatement of the official rules and against `ranx`, on random runs."
+from itertools import permutations
+
 import numpy as np
 import pytest
 import ranx
@@ -6,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newsrepro.core.base import InputError
-from newsrepro.ranking.metrics import MEASURES, measure, rank_by_score, rank_of_truth, summarise, tie_order
+from newsrepro.ranking.metrics import (MEASURES, holm, measure, rank_by_score, rank_of_truth, summarise,
+                                       tie_order)
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -112,3 +115,15 @@ def test_a_name_is_a_measure_or_refused(name):
     try: values = measure([1, 3, 0], name)
     except InputError as e: assert not right and 'MRR, MRR@K and R@K' in str(e) and '\n' not in str(e)
     else: assert right and values[2] == 0 and values[0] == 1
+
+
+def test_holm_rejects_what_the_procedure_rejects():
+    "Against the procedure as Holm states it: go up from the smallest while p is below level/(tests left)."
+    for p in permutations((.004, .012, .03, .2)):
+        for level in (.01, .02, .05, .1, .3):
+            rejected, left = set(), len(p)
+            for value in sorted(p):
+                if value*left >= level: break
+                rejected.add(value)
+                left -= 1
+            assert {value for value, corrected in zip(p, holm(p)) if corrected < level} == rejected

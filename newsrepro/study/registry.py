@@ -47,13 +47,17 @@ NOTEBOOKS = (
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
              tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3',
                      'zhang2022-extra-official-test',
-                     'zhang2022-extra-selection', 'zhang2022-extra-token-loss'),
+                     'zhang2022-extra-selection', 'zhang2022-extra-token-loss',
+                     'zhang2022-extra-comparisons'),
              figures=('zhang2022-extra-quality-parameters', 'zhang2022-extra-quality-time'),
-             models=(('backbones', 'clip'), ('selection_backbone', 'clip'), ('translator', 'marian'))),
+             models=(('backbones', 'clip'), ('selection_backbone', 'clip'), ('translator', 'marian')),
+             free=('backbones', 'selection_backbone'),
+             papers_values=(('precision', ('auto', 'fp32', 'fp16')),)),
     Notebook('12_fine_tune', 'vu2022', 'CLIP fine-tuned on titles and first sentences (Vu et al. 2022)',
              tables=('vu2022-table-1', 'vu2022-table-2', 'vu2022-extra-gain', 'vu2022-extra-parts'),
              figures=('vu2022-extra-training',),
-             models=(('backbone', 'clip'), ('translator', 'marian'))),
+             models=(('backbone', 'clip'), ('translator', 'marian')),
+             papers_values=(('precision', ('auto', 'fp32', 'fp16')), ('batch_size', (0,)))),
     Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-FT (Fukatsu & Aono 2022)',
              tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3',
                      'fukatsu2022-table-4',
@@ -239,8 +243,10 @@ def parameter_departures(notebook: Notebook,  # whose `free` and `papers_values`
                         ) -> tuple[str, ...]:  # such as 'backbone=RN50'
     "Parameters of the method that are not at the paper's value."
     own = [name for name in declared if name not in (*CORE, *FREE, *notebook.free)]
-    papers = {name: (declared[name].default,) for name in own} | dict(notebook.papers_values)
-    return tuple(f'{name}={values[name]}' for name in own if values[name] not in papers[name])
+    stated = {name: allowed for name, allowed in notebook.papers_values if name in declared}  # one of `FREE` too
+    papers = {name: (declared[name].default,) for name in own} | stated
+    off = [name for name in declared if name in papers and values[name] not in papers[name]]
+    return tuple(f'{name}={values[name]}' for name in off)
 
 # %% ../../nbs/study/06_registry.ipynb #choices
 CHOICE_KINDS = ('stated', 'inferred', 'our choice', 'deviation')
