@@ -215,6 +215,24 @@ def normaliser(backbone: Backbone  # of the checkpoint
     "Mean and deviation under which the checkpoint was trained."
     return Normalize(preprocessing(backbone).mean, preprocessing(backbone).std)
 
+# %% ../../nbs/models/07_train.ipynb #decoded
+def _shrinking(backbone, side, whole):
+    "Evaluation's own resize and crop to (side, side), or a plain resize."
+    if whole: return Resize([side, side], InterpolationMode.BICUBIC)
+    steps = image_transform_v2(replace(preprocessing(backbone), size=side), is_train=False).transforms
+    return Compose(steps[:-2])  # up to the turn to floats
+
+def _decoded(paths, side, shrink, workers):
+    "Pixels (n, 3, side, side), a digest of each, and each picture's width over height."
+    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    def load(row: int) -> tuple[str, float]:
+        picture = open_image(paths[row])
+        pixels[row] = pil_to_tensor(shrink(picture))
+        return hashlib.sha256(pixels[row].numpy()).hexdigest(), picture.width/picture.height
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        digests, aspects = zip(*pool.map(load, range(len(paths))))
+    return pixels, digests, np.array(aspects)
+
 # %% ../../nbs/models/07_train.ipynb #load-pairs
 def load_pairs(backbone: Backbone,  # says size and tokenizer
                texts: Sequence[str],  # n of them
@@ -230,24 +248,9 @@ def load_pairs(backbone: Backbone,  # says size and tokenizer
     if not len(texts) == len(paths) > 0:
         raise InputError(f'{len(texts)} texts and {len(paths)} pictures: '
                          'as many of each are wanted, at least one')
-    shrink = _shrinking(backbone, side, whole)
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    aspects = np.empty(len(paths))
-    def load(row: int) -> str:
-        picture = open_image(paths[row])
-        aspects[row] = picture.width/picture.height
-        pixels[row] = pil_to_tensor(shrink(picture))
-        return hashlib.sha256(pixels[row].numpy()).hexdigest()
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        digests = tuple(pool.map(load, range(len(paths))))
+    pixels, digests, aspects = _decoded(paths, side, _shrinking(backbone, side, whole), workers)
     return Pairs(pixels, tokenizer(backbone)(texts), tuple(texts),
                  digests if image_ids is None else tuple(image_ids), aspects if whole else None)
-
-def _shrinking(backbone, side, whole):
-    "Evaluation's own resize and crop to (side, side), or a plain resize."
-    if whole: return Resize([side, side], InterpolationMode.BICUBIC)
-    steps = image_transform_v2(replace(preprocessing(backbone), size=side), is_train=False).transforms
-    return Compose(steps[:-2])  # up to the turn to floats
 
 # %% ../../nbs/models/07_train.ipynb #batch-order
 def seed_of(*numbers: int  # 0 or more each
@@ -412,6 +415,13 @@ def seeded(model: torch.nn.Module,  # an open_clip model
     torch.manual_seed(seed_of(recipe.seed, batch.step, this_process()[0]*-(-len(batch.tokens)//size) + k))
     return towers(model, batch.pixels[k*size:][:size], batch.tokens[k*size:][:size], recipe.mixed, normalise)
 
+# %% ../../nbs/models/07_train.ipynb #sum-gradients
+def _sum_gradients(model, world):
+    "Add up what the processes have found."
+    model.logit_scale.grad /= world  # each process has the whole of it
+    jobs = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None]
+    for job in jobs: job.wait()
+
 # %% ../../nbs/models/07_train.ipynb #backward
 def backward(model: torch.nn.Module,  # an open_clip model
              batch: Batch,  # share of this process
@@ -434,10 +444,7 @@ def backward(model: torch.nn.Module,  # an open_clip model
     loss.backward()
     mine = embeddings.grad.chunk(world, dim=1)[process].split(size, dim=1)
     for k in range(count): (chunks[0] if count == 1 else embed(k)).backward(mine[k])
-    if world > 1:
-        model.logit_scale.grad /= world  # each process has the whole of it
-        jobs = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None]
-        for job in jobs: job.wait()
+    if world > 1: _sum_gradients(model, world)
     return value
 
 # %% ../../nbs/models/07_train.ipynb #validate
@@ -450,19 +457,17 @@ def validate(model: torch.nn.Module,  # an open_clip model
     "Contrastive loss and text-to-image R@1 on `pairs`; leaves the model in evaluation mode."
     model.eval()
     px = image_side(model)
-    n = len(pairs)
     size = recipe.chunk or recipe.batch_size
     whole = np.array([[0, 0, pairs.pixels.shape[-1], pairs.pixels.shape[-1], 0]])
-    parts = zip(pairs.pixels.split(size), pairs.tokens.split(size))
-    image, text = torch.cat([towers(model, cut(pixels, whole, px), tokens, recipe.mixed, normalise)
-                             for pixels, tokens in parts], dim=1)
+    embed = lambda pixels, tokens: towers(model, cut(pixels, whole, px), tokens, recipe.mixed, normalise)
+    image, text = torch.cat([*map(embed, pairs.pixels.split(size), pairs.tokens.split(size))], dim=1)
     scale = model.logit_scale.exp()*recipe.logit_factor
-    losses = [contrastive_loss(image[rows], text[rows], scale,
-                               no_negative=pairs.pick(rows).no_negatives()).item()
-              for rows in torch.arange(n).tensor_split(max(1, n//recipe.batch_size))]
+    loss = lambda rows: contrastive_loss(image[rows], text[rows], scale,
+                                         no_negative=pairs.pick(rows).no_negatives()).item()
+    losses = [*map(loss, torch.arange(len(pairs)).tensor_split(max(1, len(pairs)//recipe.batch_size)))]
     nearest = (text @ image.T).argmax(1).tolist()
-    hits = sum(pairs.image_ids[found] == own for found, own in zip(nearest, pairs.image_ids))
-    return dict(val_loss=float(np.mean(losses)), val_r1=hits/n)
+    hits = [pairs.image_ids[found] == own for found, own in zip(nearest, pairs.image_ids)]
+    return dict(val_loss=float(np.mean(losses)), val_r1=sum(hits)/len(pairs))
 
 # %% ../../nbs/models/07_train.ipynb #best-record
 def best_record(history: Sequence[dict],  # one record a step
@@ -563,11 +568,14 @@ def refuse(model: torch.nn.Module,  # an open_clip model
     side = min(part.pixels.shape[-1] for part in (pairs, valid) if part is not None)
     if side < px:
         raise InputError(f'pictures are stored at {side} pixels a side, the model wants {px} or more')
-    split = world > 1 or 0 < recipe.chunk < recipe.batch_size
     if valid is not None and valid.aspects is not None:
         raise InputError('validation pairs hold whole pictures: load them without whole=True')
-    if split and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training
-                     for m in model.modules()):
+    if world > 1 or 0 < recipe.chunk < recipe.batch_size: _refuse_norms(model)
+
+# %% ../../nbs/models/07_train.ipynb #refuse-norms
+def _refuse_norms(model):
+    "Raise `InputError` for a model in training that normalises over its batch."
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
         raise InputError('batch normalisation over a batch in parts: '
                          'set freeze_norms=True, or chunk=0 in one process')
 
@@ -700,7 +708,6 @@ def train(
     try:
         set_modes(model, recipe)
         refuse(model, pairs, valid, recipe)
-        if recipe.mean_std == 'imagenet': normalise = Normalize(IMAGENET_MEAN, IMAGENET_STD)
         with torch.random.fork_rng(devices=[model.logit_scale.device] if model.logit_scale.is_cuda else []):
             history, best = _contrastive(model, pairs, recipe, normalise, progress, valid, path, save_seconds)
         if best: model.load_state_dict(best)
@@ -710,6 +717,7 @@ def train(
 # %% ../../nbs/models/07_train.ipynb #contrastive
 def _contrastive(model, pairs, recipe, normalise, progress, valid, path, save_seconds):
     every = recipe.validate_every or max(1, len(pairs)//recipe.batch_size)
+    if recipe.mean_std == 'imagenet': normalise = Normalize(IMAGENET_MEAN, IMAGENET_STD)
     optimiser = make_optimiser(model, recipe)
     checkpointer = Checkpointer(path, identity(model, pairs, valid, recipe, normalise) if path else {},
                                 save_seconds)
