@@ -90,7 +90,8 @@ def with_weights(encoder: Encoder,  # stays as it is
     "The same encoder with the weights `theta`, and their fingerprint."
     model = copy.deepcopy(encoder.model)
     model.load_state_dict(theta)
-    return replace(encoder, model=model, fingerprint=digest(*theta.values()))
+    in_order = [theta[key] for key in model.state_dict()]
+    return replace(encoder, model=model, fingerprint=digest(*in_order))
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #choose-alpha
 ALPHAS = tuple(k/10 for k in range(11))
@@ -332,38 +333,43 @@ def scatter_row(runs: Sequence[Adapted],  # trainings of one set that differ in 
 VERDICTS = ('supported', 'contradicted', 'cannot be told at this size', 'an end was chosen')
 
 def judge(ends: Sequence[Mapping],  # of the two differences: ci_low, ci_high and p, corrected
-          alpha: float  # as chosen
+          alphas: Sequence[float]  # as chosen, one a training
          ) -> str:  # one of `VERDICTS`
     "Whether a set supports that WISE-FT is better than both ends."
-    if alpha in (0, 1): return VERDICTS[3]
+    if all(alpha in (0, 1) for alpha in alphas): return VERDICTS[3]
     if all(end['ci_low'] > 0 and end['p'] < .05 for end in ends): return VERDICTS[0]
     return VERDICTS[1] if any(end['ci_high'] < 0 and end['p'] < .05 for end in ends) else VERDICTS[2]
 
 def differences(table: pd.DataFrame,  # of `end_rows`, one part
                 dataset: str,  # one of its sets
+                which: str = '',  # of the models, behind the name of a run
                 metric: str = 'MRR@100'  # the measure of the differences
                ) -> dict[str, dict]:  # end -> value, ci_low, ci_high, p (corrected)
-    "What the first seed's models of a set differ by."
+    "What WISE-FT and its ends differ by in a set."
     found = {}
     for end in ENDS:
-        own = table[(table.dataset == dataset) & (table.run == f'wise_ft - {end}')].set_index('metric')
+        own = table[(table.dataset == dataset) & (table.run == f'wise_ft - {end}{which}')].set_index('metric')
         found[end] = dict(own.loc[metric, ['value', 'ci_low', 'ci_high']], p=own.value['p (Holm)'])
     return found
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #claim-lines
 def claim_lines(table: pd.DataFrame,  # of `end_rows`, one part
-                alphas: Mapping[str, float],  # set -> alpha as chosen
+                alphas: Mapping[str, Sequence[float]],  # set -> alphas as chosen, one a training
+                which: str = '',  # of the models, behind the name of a run
                 metric: str = 'MRR@100'  # the measure of the differences
                ) -> list[str]:  # one a set, then one over all
-    "What the differences of the first seed's models say of the claim, in words."
-    found = {dataset: differences(table, dataset, metric) for dataset in alphas}
-    verdicts = {dataset: judge([*ends.values()], alphas[dataset]) for dataset, ends in found.items()}
-    words = lambda end, d: (f"{d['value']:+.3f} [{d['ci_low']:+.3f}, {d['ci_high']:+.3f}] "
-                            f"p {d['p']:.3f} to {end}")
-    lines = [f"{dataset}, alpha {alphas[dataset]:g}: {verdicts[dataset]} "
-             f"({', '.join(words(*pair) for pair in ends.items())})" for dataset, ends in found.items()]
-    counts = ', '.join(f'{verdict} in {[*verdicts.values()].count(verdict)}' for verdict in VERDICTS)
-    return [*lines, f'WISE-FT better than both ends in {metric}, of {len(alphas)} sets: {counts}']
+    "What the differences say of the claim, in words."
+    lines = []
+    verdicts = []
+    for dataset, chosen in alphas.items():
+        ends = differences(table, dataset, which, metric)
+        verdicts.append(judge([*ends.values()], chosen))
+        words = [f"{d['value']:+.3f} [{d['ci_low']:+.3f}, {d['ci_high']:+.3f}] p {d['p']:.3f} to {end}"
+                 for end, d in ends.items()]
+        alpha = ', '.join(f'{one:g}' for one in chosen)
+        lines.append(f"{dataset}, alpha {alpha}: {verdicts[-1]} ({'; '.join(words)})")
+    counts = ', '.join(f'{verdict} in {verdicts.count(verdict)}' for verdict in VERDICTS)
+    return [*lines, f'WISE-FT better than both ends in {metric}{which}, of {len(alphas)} sets: {counts}']
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #draw-cases
 MODELS = ('zero-shot', 'fine-tuned', 'WISE-FT')
