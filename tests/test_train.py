@@ -18,7 +18,7 @@ from tqdm import tqdm
 import newsrepro.models.train as training
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.core.base import InputError
-from newsrepro.models.embed import build_model
+from newsrepro.models.loader import build_model
 from newsrepro.core.threads import at_once
 from newsrepro.models.train import (PUBMEDCLIP, PUBMEDCLIP_CODE, Pairs, Recipe, backward, batch_stream,
                                     contrastive_loss, cut, decay_groups, digest, draw_boxes, encode_short,

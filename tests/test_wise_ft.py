@@ -9,13 +9,13 @@ import torch
 
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import find_backbone
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.methods.fine_tune import DecodedPool, save_fine_tuned
 from newsrepro.methods.wise_ft import (ALPHAS, CHOICES, ENDS, READING, RECIPES, VERDICTS, Adapted,
                                        against_ends, cases, choose_alpha, claim_lines, end_rows, holm,
                                        interpolate, part_set, rank_changes, read_set, retold, soup,
                                        state_of, store_bytes, sweep, with_weights)
-from newsrepro.models.embed import build_model, load_encoder
+from newsrepro.models.loader import build_model, load_encoder
 from newsrepro.models.train import PUBMEDCLIP
 from newsrepro.ranking.metrics import measure
 from newsrepro.ranking.pool import Pool
