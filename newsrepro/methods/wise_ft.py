@@ -27,10 +27,11 @@ from scipy import stats
 
 from ..core.base import InputError
 from ..core.checkpoints import Backbone
-from ..data.collection import Collection, open_image
+from ..data.collection import Collection
+from ..data.pictures import open_image
 from .fine_tune import (DecodedPool, fine_tune, hold_out, label, load_pool, pairs_of, search,
                                          with_texts)
-from ..models.embed import Encoder, tokenizer
+from ..models.loader import Encoder, tokenizer
 from ..models.train import PUBMEDCLIP, PUBMEDCLIP_CODE, Pairs, Recipe, digest, load_pairs
 from ..ranking.metrics import (measure, paired_interval, paired_randomisation_test, rank_of_truth,
                                        reciprocal_rank)
@@ -203,7 +204,6 @@ def adapt(start: Encoder,  # alpha 0; stays as it is
          ) -> Adapted:
     "Fine-tune, interpolate, choose alpha; raises `InputError` as `train` does."
     tuned, history = fine_tune(start, pairs, valid, recipe, root, progress, keep_bytes)
-    tuned = replace(tuned, precision=start.precision)
     curve, labels, chosen = _curve(start, tuned, tuned.path, pools, alphas, whole_curve, before)
     named = dict(zero_shot=start.label, fine_tuned=labels[1.], wise_ft=labels[chosen])
     return Adapted(recipe, history, tuned.path, chosen, curve, named)
