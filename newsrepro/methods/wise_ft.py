@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ALPHAS', 'RECIPES', 'READING', 'CHOICES', 'ENDS', 'VERDICTS', 'MODELS', 'Case', 'check_alike', 'interpolate', 'soup',
            'state_of', 'with_weights', 'choose_alpha', 'ranks_in', 'sweep', 'reading', 'Adapted', 'adapt',
-           'rank_changes', 'cases', 'mean_interval', 'change_rows', 'holm', 'against_ends', 'over_seeds', 'test_rows',
+           'rank_changes', 'cases', 'mean_interval', 'change_rows', 'holm', 'against_ends', 'over_seeds', 'paired_rows',
            'end_rows', 'scatter_row', 'judge', 'differences', 'claim_lines', 'caption', 'draw_cases', 'NewsSet',
-           'to_learn', 'test_pool', 'read_set', 'retold', 'Held', 'part_set', 'Training', 'store_bytes', 'alpha_rows',
-           'seed_rows', 'gain_rows', 'title_rows']
+           'to_learn', 'official_pool', 'read_set', 'retold', 'Held', 'part_set', 'Training', 'store_bytes',
+           'alpha_rows', 'seed_rows', 'gain_rows', 'title_rows']
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #imports
 import copy, textwrap
@@ -141,11 +141,52 @@ def reading(recipe: str,  # a name in `READING`
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #choices
 CHOICES = (
-    Choice('model', 'CLIP, ViT with patches of 32', 'ViT-B/32, OpenAI weights, QuickGELU', 'stated'),
-    Choice('split', 'newest 20 % of each training part for validation', '`holdout` .2, by date', 'stated',
-           'random split: extra-splits'),
-    Choice('alpha', 'highest validation R@1', 'the same; ties by MRR@100, then the smaller', 'stated',
-           'both curves: extra-alpha'),
+    Choice('model', 'CLIP, a ViT with patches of 32',
+           'ViT-B/32, OpenAI weights, QuickGELU', 'stated'),
+    Choice('split', 'newest 20 % of each training part',
+           '`holdout` .2, by date', 'stated',
+           'a random split: extra-splits'),
+    Choice('alpha', 'highest validation R@1',
+           'the same; ties by MRR@100, then the smaller', 'stated',
+           'the whole curve: extra-alpha'),
+    Choice('German', 'OPUS-MT',
+           'Helsinki-NLP/opus-mt-de-en', 'stated'),
+    Choice('optimiser', 'as PubMedCLIP',
+           'Adam 1e-5 (.9, .999), L2 5e-4, no schedule', 'inferred'),
+    Choice('length', 'as PubMedCLIP',
+           '50 epochs of 64, lowest validation loss kept', 'inferred'),
+    Choice('loss', 'as PubMedCLIP',
+           'both halves .5; its code had .7 until February 2022', 'inferred'),
+    Choice('weight decay', 'as PubMedCLIP',
+           'of every tensor, as its code', 'inferred'),
+    Choice('logits', 'as PubMedCLIP',
+           'times e^.01/e^.07, as its code', 'inferred'),
+    Choice('mean of pictures', 'as PubMedCLIP',
+           "ImageNet's in training, as its code", 'inferred'),
+    Choice('text in training', 'as PubMedCLIP',
+           '77 characters, as its code', 'inferred'),
+    Choice('crops', 'as PubMedCLIP',
+           'from the whole picture, kept at 252 pixels a side', 'inferred'),
+    Choice('text in search', 'not stated',
+           '`selection` full: what fits in 77 tokens', 'our choice',
+           'titles: extra-titles'),
+    Choice('pictures in search', 'not stated',
+           "CLIP's own resize, centre crop, mean", 'our choice'),
+    Choice('seeds', 'not stated, one model a set',
+           'tables show seed 0; `seeds` in all', 'our choice',
+           'extra-seeds'),
+    Choice('size of pictures', "250 pixels in PubMedCLIP's code, of which the model sees 224",
+           '224', 'deviation'),
+    Choice('precision', "fp16 weights in PubMedCLIP's code on a GPU",
+           'fp32 in training; `precision` in search', 'deviation'),
+    Choice('validation batches', "shuffled batches of 32 in PubMedCLIP's code",
+           "in order, of about the training's size", 'deviation'),
+    Choice('equal texts or pictures', "negatives of each other in PubMedCLIP's code",
+           'no negatives', 'deviation'),
+    Choice('logit scale', "free in PubMedCLIP's code",
+           'at most 100, as in CLIP', 'deviation'),
+    Choice('crops that stick out', 'drawn again by torchvision',
+           'cut to the picture', 'deviation'),
 )
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #adapted
@@ -287,12 +328,12 @@ def over_seeds(values: Sequence[float]  # a mean a seed
     return dict(value=mean, ci_low=float(low), ci_high=float(high), n=len(values))
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #end-rows
-def test_rows(runs: Mapping[str, Sequence[Adapted]],  # set -> its trainings that differ in the seed only
-              part: str,  # 'validation' or 'test'
-              which: str,  # of the models, behind the name of a run
-              metric: str,  # a measure
-              seed: int  # of intervals and tests
-             ) -> list[dict]:  # rows of a table: the difference, its p, and p corrected over sets and ends
+def paired_rows(runs: Mapping[str, Sequence[Adapted]],  # set -> its trainings that differ in the seed only
+                part: str,  # 'validation' or 'test'
+                which: str,  # of the models, behind the name of a run
+                metric: str,  # a measure
+                seed: int  # of intervals and tests
+               ) -> list[dict]:  # rows of a table: the difference, its p, and p corrected over sets and ends
     "WISE-FT minus both ends for every set."
     found = {(name, end): row for name, own in runs.items()
              for end, row in against_ends(own, part, metric, seed).items()}
@@ -313,8 +354,8 @@ def end_rows(runs: Mapping[str, Sequence[Adapted]],  # set -> its trainings that
             ) -> list[dict]:  # rows of a table
     "WISE-FT minus both ends: the first seed's models, the mean over all seeds, the scatter of the seeds."
     first = {name: own[:1] for name, own in runs.items()}
-    return [*test_rows(first, part, '', metric, seed),
-            *test_rows(runs, part, ', mean over seeds', metric, seed),
+    return [*paired_rows(first, part, '', metric, seed),
+            *paired_rows(runs, part, ', mean over seeds', metric, seed),
             *(scatter_row(own, name, part, end, metric) for name, own in runs.items() for end in ENDS)]
 
 def scatter_row(runs: Sequence[Adapted],  # trainings of one set that differ in the seed only
@@ -421,18 +462,18 @@ class NewsSet:
     test: DecodedPool  # official test part, with or without truth
     workers: int  # threads that decode; 0 = one a core
 
-# %% ../../nbs/methods/13_wise_ft.ipynb #test-pool
+# %% ../../nbs/methods/13_wise_ft.ipynb #official-pool
 def to_learn(texts: Iterable[str],  # whole ones
              characters: int  # kept of each; 0 = all
             ) -> list[str]:
     "What training reads of the texts."
     return [text[:characters or None] for text in texts]
 
-def test_pool(part: Collection,  # official test part of one set
-              texts: Sequence[str],  # one an article
-              backbone: Backbone,  # says size and tokenizer
-              workers: int = 0  # threads that decode; 0 = one a core
-             ) -> DecodedPool:
+def official_pool(part: Collection,  # official test part of one set
+                  texts: Sequence[str],  # one an article
+                  backbone: Backbone,  # says size and tokenizer
+                  workers: int = 0  # threads that decode; 0 = one a core
+                 ) -> DecodedPool:
     "The test part as a pool, whether or not its truth is known; `InputError` for a picture not decoded."
     if part.truth: return load_pool(part, texts, backbone, workers)
     paths = part.images.path.tolist()
@@ -457,7 +498,7 @@ def read_set(usable: Collection,  # all sets
     side = backbone.px*9//8  # room for windows
     pairs = load_pairs(backbone, to_learn(texts, characters), paths, side, workers=workers, whole=whole)
     return NewsSet(backbone, train, dict(zip(train.articles.article_id, texts)), pairs, characters,
-                   test_pool(test, texts_of(test.articles), backbone, workers), workers)
+                   official_pool(test, texts_of(test.articles), backbone, workers), workers)
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #retold
 def retold(news: NewsSet,  # stays as it is
