@@ -63,7 +63,7 @@ NOTEBOOKS = (
                       'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
              models=(('backbone', 'clip'), ('translator', 'marian')),
              free=('seeds', 'layer_decay', 'random_split', 'option_sets', 'examples'),
-             papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 77)),
+             papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 0)),
                             ('precision', ('auto', 'fp32', 'fp16')),
                             ('crops', ('recipe', 'whole')), ('epochs', (0., 50.)), ('rate', (0., 1e-5)),
                             ('translator', ('profile', 'Helsinki-NLP/opus-mt-de-en')))),
