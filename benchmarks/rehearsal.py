@@ -3,7 +3,7 @@ random weights, then every notebook in the paper profile. What it prints are no 
 
     python benchmarks/rehearsal.py --small                    # two cores, 20 GB of memory
     python benchmarks/rehearsal.py --small --without-truth    # the truth of the test parts is unknown
-    python benchmarks/rehearsal.py --device cuda              # 1,915 and 3 x 1500 test articles, all backbones
+    python benchmarks/rehearsal.py --device cuda              # 1,915 and 3 x 1500 test articles, all models
     python benchmarks/rehearsal.py --small --only 14_txv --set 14_txv.epochs=1
 """
 import argparse
@@ -61,7 +61,7 @@ def make_collections(folder: Path, size: Size, truth: bool = True) -> dict[str, 
 
 @contextmanager
 def hub_folder(weights: Path, repository: str) -> Iterator[Path]:
-    "A folder to write a model into; afterwards it lies in `weights` as the hub's library keeps what it fetched."
+    "A folder to write a model into; then it lies in `weights` as the hub's library keeps what it fetched."
     place = weights/f"models--{repository.replace('/', '--')}"
     shutil.rmtree(place, ignore_errors=True)
     blobs, snapshot = place/'blobs', place/'snapshots'/('0'*40)
@@ -136,7 +136,7 @@ def make_vit(name: str, weights: Path, sentence: int) -> None:
 
 
 def make_marian(name: str, weights: Path, sentence: int) -> None:
-    "OPUS-MT's German to English; the end of each sentence comes after `sentence` tokens, by its own settings."
+    "OPUS-MT's German to English; by its own settings each sentence ends after `sentence` tokens."
     import torch
     from transformers import MarianConfig, MarianMTModel
     last = 58100  # the padding, which is the last of the vocabulary
@@ -149,10 +149,11 @@ def make_marian(name: str, weights: Path, sentence: int) -> None:
     state = {key: value for key, value in model.state_dict().items() if 'embed_positions' not in key}
     state['final_logits_bias'][0, 0] = 100.  # the end, as soon as it is allowed
     own = MINI_DIR/'mini-marian-de-en'
-    pieces = [piece for piece in json.loads((own/'vocab.json').read_text(encoding='utf-8')) if piece != '<pad>']
+    pieces = [piece for piece in read_json(own/'vocab.json') if piece != '<pad>']
     pieces += [f'▁filler{place}' for place in range(len(pieces), last)] + ['<pad>']
     search = dict(num_beams=6, max_length=512, min_length=sentence, bad_words_ids=[[last]], **ends)
-    texts = {'vocab.json': {piece: place for place, piece in enumerate(pieces)}, 'generation_config.json': search,
+    texts = {'vocab.json': {piece: place for place, piece in enumerate(pieces)},
+             'generation_config.json': search,
              'tokenizer_config.json': dict(source_lang='de', target_lang='en')}
     with hub_folder(weights, name) as folder:
         torch.save(state, folder/'pytorch_model.bin')
@@ -164,7 +165,9 @@ def make_marian(name: str, weights: Path, sentence: int) -> None:
 MAKERS = {'clip': make_clip, 'vilt': make_vilt, 'vit': make_vit, 'marian': make_marian}
 
 
-def wanted_models(names: Sequence[str], sets: Sequence[str]) -> list[tuple[str, str]]:  # kind and name, each once
+def wanted_models(names: Sequence[str],  # of notebooks; empty = all
+                  sets: Sequence[str]  # NOTEBOOK.PARAMETER=VALUE each
+                 ) -> list[tuple[str, str]]:  # kind and name, each once
     "What the notebooks load in the paper profile."
     chosen = choose(names)
     given = [parse_set(text, chosen, notebooks_dir()) for text in sets]
@@ -192,7 +195,8 @@ def make_checkpoints(models: Sequence[tuple[str, str]], weights: Path, sentence:
         if kind not in MAKERS: raise InputError(f'{name}: a rehearsal makes no model of the kind {kind!r}')
         if is_made(kind, name, weights): continue
         began = time.time()
-        subprocess.run([sys.executable, __file__, '--make', kind, name, str(weights), str(sentence)], check=True)
+        line = [sys.executable, __file__, '--make', kind, name, str(weights), str(sentence)]
+        subprocess.run(line, check=True)
         print(f'made {name} in {time.time() - began:.0f} s', flush=True)
 
 
@@ -227,7 +231,8 @@ def rehearse(args, collections: Mapping[str, Path], sets: Sequence[str], out: Pa
 def state_of(out: Path, name: str) -> dict:  # state, seconds, peak_memory_mb, said
     "What became of a notebook."
     record, failed = (read_json(out/'.state'/kind/f'{name}.json') for kind in ('results', 'failed'))
-    if failed: return dict(state='failed', said=f"cell {failed['cell'].get('id', '?')}: {failed['error'][:200]}")
+    if failed:
+        return dict(state='failed', said=f"cell {failed['cell'].get('id', '?')}: {failed['error'][:200]}")
     if not record: return dict(state='not run')
     return dict(state='done', seconds=record['seconds'], peak_memory_mb=record['peak_memory_mb'])
 
@@ -243,14 +248,16 @@ def account(out: Path, work: Path, names: Sequence[str], seconds: float) -> dict
     return dict(notebooks={name: state_of(out, name) for name in names}, seconds=round(seconds, 1),
                 tables=[name for name in STUDY_TABLES if (out/'tables'/f'{name}.csv').is_file()],
                 figures=[name for name in STUDY_FIGURES if (out/'figures'/f'{name}.png').is_file()],
-                disk_gb={part.name: round(disk_of(part), 2) for part in sorted(work.iterdir()) if part.is_dir()})
+                disk_gb={part.name: round(disk_of(part), 2)
+                         for part in sorted(work.iterdir()) if part.is_dir()})
 
 
 def summary(found: Mapping) -> str:
     "The account as Markdown."
     lines = ['| notebook | state | seconds | peak memory, MB |', '|---|---|---|---|']
     for name, own in found['notebooks'].items():
-        lines.append(f"| {name} | {own['state']} | {own.get('seconds', '')} | {own.get('peak_memory_mb', '')} |")
+        cells = [name, own['state'], own.get('seconds', ''), own.get('peak_memory_mb', '')]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ['', *(f"{name}: {own['said']}" for name, own in found['notebooks'].items() if 'said' in own)]
     for kind, known in (('tables', STUDY_TABLES), ('figures', STUDY_FIGURES)):
         lacking = [name for name in known if name not in found[kind]]
@@ -274,7 +281,8 @@ def mark_report(out: Path, text: str) -> None:
 
 def options() -> argparse.ArgumentParser:
     "The command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--small', action='store_true', help='a dozen test articles a set, for a CPU')
     parser.add_argument('--without-truth', action='store_true', help='leave out the truth of the test parts')
     parser.add_argument('--device', default='auto')
@@ -298,7 +306,8 @@ def main() -> int:
     for folder in (out, args.work/'cache') if args.fresh else (): shutil.rmtree(folder, ignore_errors=True)
     named = {text.partition('=')[0] for text in args.sets}
     names = [notebook.name for notebook in choose(args.only)]
-    usual = [text for text in size.sets if text.partition('=')[0] not in named and text.partition('.')[0] in names]
+    usual = [text for text in size.sets
+             if text.partition('=')[0] not in named and text.partition('.')[0] in names]
     sets = usual + args.sets
     collections = make_collections(args.work/'data', size, not args.without_truth)
     make_checkpoints(wanted_models(args.only, sets), args.work/'weights', size.sentence)
