@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from newsrepro.core.base import notebooks_dir, write_json
-from newsrepro.core.checkpoints import MINI_DIR, REGISTRY, find_backbone
+from newsrepro.core.base import MINI_DIR, notebooks_dir, write_json
+from newsrepro.core.checkpoints import REGISTRY, find_backbone
 from newsrepro.methods.txv import TxVRecipe, train_txv
 from newsrepro.models.embed import Encoder, build_model, encode, encode_batch
 from newsrepro.models.match import MatchRecipe, load_news_pairs, train_matcher

@@ -38,7 +38,7 @@ class Size:
     sets: tuple[str, ...]  # parameters that differ from the paper profile's
 
 
-SMALL = Size((24, 12), (20, 12), (24, 12), (28, 12), 8,
+SMALL = Size((32, 18), (24, 18), (28, 18), (32, 18), 8,  # of each, two are without text, picture or a whole one
              ('10_vilt.epochs=1', '11_clip_sweep.backbones=RN50,ViT-B/32', '12_fine_tune.epochs=1',
               '13_wise_ft.epochs=1', '14_txv.epochs=2', '15_dual_softmax.epochs=2'))
 FULL = Size((7530, 1915), (400, 1500), (1925, 1500), (4410, 1500), 30,
