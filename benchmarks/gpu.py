@@ -69,6 +69,11 @@ class Bench:
     folder: Path  # for pictures and models
     rates: dict  # operations a second by number format, from the part `matmul`
 
+    @property
+    def half(self) -> str:
+        "Of the two formats of 16 bits that in which checkpoints are published, where the device has it."
+        return 'bf16' if self.device == 'cpu' else 'fp16'
+
     def wait(self) -> None:
         "Until the GPU has done what it was given."
         if self.device != 'cpu': torch.cuda.synchronize()
@@ -132,19 +137,19 @@ def matmul(bench: Bench) -> dict:
     return {f'{name}_tflops': rate/1e12 for name, rate in bench.rates.items()}
 
 
-def clip(name: str) -> Callable:
+def clip(backbone_name: str) -> Callable:
     "The part that measures one CLIP model."
     def measured(bench: Bench) -> dict:
-        backbone = find_backbone(name, bench.profile)
+        backbone = find_backbone(backbone_name, bench.profile)
         model = on_device(lambda: build_model(backbone), bench.device).eval().requires_grad_(False)
         found = {}
-        for precision in ('bf16', 'fp32'):
+        for precision in ('fp32', bench.half):
             encoder = Encoder(backbone, model, '0'*64, bench.folder, bench.device, precision)
-            found |= {f'{what}_{precision}': value for what, value in bare_rates(bench, encoder).items()}
-        found['share_of_bfloat16'] = bench.share(found['images_bf16']*backbone.gflops[0]*1e9)
-        low = replace(encoder, precision='bf16')
+            name = 'single' if precision == 'fp32' else 'half'
+            found |= {f'{what}_{name}': value for what, value in bare_rates(bench, encoder).items()}
+        found['share_of_bfloat16'] = bench.share(found['images_half']*backbone.gflops[0]*1e9)
         began = time.perf_counter()
-        encode(low, bench.pictures, 'image', bench.sizes.batch, os.cpu_count())
+        encode(encoder, bench.pictures, 'image', bench.sizes.batch, os.cpu_count())
         found['images_end_to_end'] = len(bench.pictures)/(time.perf_counter() - began)
         return found
     return measured
@@ -165,7 +170,7 @@ def vilt(bench: Bench) -> dict:
     texts, pool = bench.words(sizes.texts), bench.pictures[:sizes.pool]
     effort = Effort(batch_size=sizes.pairs, workers=os.cpu_count())
     rank_pairs(matcher, texts[:2], pool[:4], 2, effort=effort)  # warms up
-    for name, mixed in (('fp32', False), ('bf16', matcher.mixed)):
+    for name, mixed in (('single', False), ('half', matcher.mixed)):
         began = time.perf_counter()
         rank_pairs(replace(matcher, mixed=mixed), texts, pool, len(pool), effort=effort)
         found[f'pairs_end_to_end_{name}'] = len(texts)*len(pool)/(time.perf_counter() - began)
@@ -174,9 +179,9 @@ def vilt(bench: Bench) -> dict:
         words = [matcher.model.embed_text(ids)[0]]*sizes.pairs
         picture = torch.zeros(3, *matcher.rule.size(259, 460), dtype=torch.uint8)
         shown = embed_pictures(matcher, [picture], 1)*sizes.pairs
-    found['pairs_bf16'] = sizes.pairs/bench.seconds(lambda: score_pairs(matcher, words, shown, sizes.pairs))
+    found['pairs_half'] = sizes.pairs/bench.seconds(lambda: score_pairs(matcher, words, shown, sizes.pairs))
     found['positions'] = len(words[0]) + len(shown[0])
-    found['share_of_bfloat16'] = bench.share(found['pairs_bf16']*pair_operations(matcher, found['positions']))
+    found['share_of_bfloat16'] = bench.share(found['pairs_half']*pair_operations(matcher, found['positions']))
     return found
 
 
@@ -208,7 +213,7 @@ def training(which: int  # of the two batch sizes
         backbone, size, found = find_backbone('ViT-B/32', bench.profile), bench.sizes.batches[which], {}
         pixels = torch.randint(0, 256, (size, 3, backbone.px, backbone.px), dtype=torch.uint8)
         numbers = tuple(range(size))
-        for name, mixed in (('fp32', False), ('bf16', bench.device != 'cpu')):
+        for name, mixed in (('single', False), ('half', bench.device != 'cpu')):
             model = on_device(lambda: build_model(backbone), bench.device)
             recipe = Recipe(5, batch_size=size, rate=1e-5, warmup=0, augment='none', mixed=mixed,
                             chunk=0 if size <= CHUNK else CHUNK)
@@ -219,7 +224,7 @@ def training(which: int  # of the two batch sizes
             step = lambda: optimise(model, optimiser, next(stream), recipe, normalise)
             found[f'seconds_a_step_{name}'] = bench.seconds(step)
             found[f'pairs_{name}'] = size/found[f'seconds_a_step_{name}']
-        return found | dict(share_of_bfloat16=bench.share(3e9*sum(backbone.gflops)*found['pairs_bf16']))
+        return found | dict(share_of_bfloat16=bench.share(3e9*sum(backbone.gflops)*found['pairs_half']))
     return measured
 
 
@@ -328,62 +333,67 @@ OFFICIAL = {'newsimages2021': {'newsimages2021': Part(7530, 1915, 1915, 1915, 94
                                'RT': Part(1925, 1500, 1500, 1500, 3425, 1925),
                                'TW': Part(4410, 1500, 1500, 1500, 0, 4410)}}
 SENTENCES = 12  # of a German article, title and body
+KINDS = ('encoding', 'scoring', 'training', 'pair_training', 'translating')
 
 
-def speeds(parts: Mapping[str, Mapping]) -> dict[str, float]:  # NaN where a part is missing
-    "What the bill is reckoned with: operations a second of encoding, pairs, steps and articles a second."
+def speeds(parts: Mapping[str, Mapping]) -> dict[str, float]:  # kind of work -> 10^9 operations a second
+    "Measured end to end; NaN where the part is missing."
+    value = lambda part, name: parts.get(part, {}).get(name, math.nan)
     known = [(find_backbone(name.removeprefix('clip '), 'paper').gflops[0], part['images_end_to_end'])
              for name, part in parts.items() if name.startswith('clip ') and 'images_end_to_end' in part]
-    value = lambda part, name: parts.get(part, {}).get(name, math.nan)
     seconds = sum(gflops/rate for gflops, rate in known)
-    mean = sum(gflops for gflops, _ in known)/seconds if known else math.nan
-    return dict(images=mean, pairs=value('vilt', 'pairs_end_to_end_fp32'),
-                steps=value('training, small batch', 'pairs_fp32'),
-                vilt_steps=value('vilt training', 'pairs'),
-                articles=value('translation', 'sentences')/SENTENCES)
+    encoding = sum(gflops for gflops, _ in known)/seconds if known else math.nan
+    step = 3*sum(find_backbone('ViT-B/32', 'paper').gflops)
+    vilt, marian = VILT_GFLOPS['paper'], MARIAN_GFLOPS['paper']
+    own = (encoding, vilt*value('vilt', 'pairs_end_to_end_half'),
+           step*value('training, small batch', 'pairs_single'), 3*vilt*value('vilt training', 'pairs'),
+           marian*value('translation', 'sentences')/SENTENCES)
+    return dict(zip(KINDS, own))
 
 
-def projected(name: str, work: Work, rates: Mapping[str, float]) -> float:  # seconds
-    "What the work of a notebook takes; its encoding is what remains of its operations."
-    both = sum(find_backbone('ViT-B/32', 'paper').gflops)
-    step_gflops, steps = (VILT_GFLOPS['paper'], 'vilt_steps') if name == '10_vilt' else (both, 'steps')
-    encoding = work.gflops - work.pairs*VILT_GFLOPS['paper'] - work.translated*MARIAN_GFLOPS['paper']
-    encoding -= 3*work.steps*step_gflops
-    parts = ((encoding, rates['images']), (work.pairs, rates['pairs']), (work.steps, rates[steps]),
-             (work.translated, rates['articles']))
-    return sum(amount/rate for amount, rate in parts if amount)
+def operations(work: Work,  # of a notebook
+               is_pairs: bool  # whether what it trains scores pairs
+              ) -> dict[str, float]:  # kind of work -> 10^9 operations
+    "What is neither trained, scored nor translated is encoded."
+    step = VILT_GFLOPS['paper'] if is_pairs else sum(find_backbone('ViT-B/32', 'paper').gflops)
+    found = {'scoring': work.pairs*VILT_GFLOPS['paper'],
+             'translating': work.translated*MARIAN_GFLOPS['paper'],
+             'pair_training' if is_pairs else 'training': 3*work.steps*step}
+    return found | dict(encoding=work.gflops - sum(found.values()))
 
 
-def bill(parts: Mapping[str, Mapping]) -> dict[str, dict]:  # notebook -> hours, gigabytes
-    "What the paper study on collections of the official sizes would take; hours are None where a rate lacks."
-    rates, found = speeds(parts), {}
+def bill(rates: Mapping[str, float]) -> dict[str, dict]:  # notebook -> hours, gigabytes
+    "What the paper study on collections of the official sizes would take; hours are NaN where a rate lacks."
+    found = {}
     for notebook in NOTEBOOKS:
         declared = notebook_parameters(notebooks_dir()/f'{notebook.name}.ipynb')
         values = {name: parameter.default for name, parameter in declared.items()} | {'profile': 'paper'}
         work = work_of(notebook.name, values, OFFICIAL[PAPER_LAYOUT[notebook.paper]])
         if work is None: continue
-        hours = projected(notebook.name, work, rates)/3600
-        found[notebook.name] = dict(hours=None if math.isnan(hours) else round(hours, 3),
-                                    gigabytes=round(work.megabytes/1000, 2))
+        amounts = operations(work, bool(work.pairs))
+        hours = sum(gflops/rates[kind] for kind, gflops in amounts.items() if gflops)/3600
+        found[notebook.name] = dict(hours=hours, gigabytes=work.megabytes/1000)
     return found
 
 
 def machine(device: str) -> dict:
     "What the figures belong to."
-    card = torch.cuda.get_device_name() if device != 'cpu' else platform.processor() or platform.machine()
+    none = f'no card, mini models on {platform.machine()}'
+    card = torch.cuda.get_device_name() if device != 'cpu' else none
     memory = torch.cuda.get_device_properties(0).total_memory/1e9 if device != 'cpu' else math.nan
-    return dict(card=card, memory_gb=rounded(memory), torch=torch.__version__, cuda=torch.version.cuda,
+    return dict(card=card, memory_gb=memory, torch=torch.__version__, cuda=torch.version.cuda,
                 processors=os.cpu_count())
 
 
 def measure_all(bench: Bench, out: Path, only: list[str], whole: float, began: float) -> dict:
     "Run the parts by turns; the file is complete after each."
-    parts = {}
-    record = dict(machine=machine(bench.device), tiny=bench.profile == 'mini', parts=parts, bill={})
+    record = machine(bench.device) | dict(tiny=bench.profile == 'mini', parts={})
+    parts = record['parts']
     for stage in STAGES:
         if only and not any(stage.name.startswith(name) for name in only): continue
         parts[stage.name] = run_stage(stage, bench, whole - (time.perf_counter() - began))
-        record['bill'] = bill(parts)
+        record['gflops_per_second'] = speeds(parts)
+        record['bill'] = bill(record['gflops_per_second'])
         write_json(out, rounded(record))
         print(f'{stage.name}: {told(parts[stage.name])}', flush=True)
     return record
@@ -424,7 +434,8 @@ def main(given: list[str] | None = None) -> int:
         bench = Bench(device, profile, sizes, Path(folder), {})
         record = measure_all(bench, args.out, args.only, args.seconds, began)
     print('\n| notebook | hours | GB |\n|---|---|---|')
-    for name, own in record['bill'].items(): print(f"| {name} | {own['hours']} | {own['gigabytes']} |")
+    for name, own in record['bill'].items():
+        print(f"| {name} | {own['hours']:.2f} | {own['gigabytes']:.1f} |")
     return int(any('failed' in part for part in record['parts'].values()))
 
 

@@ -38,7 +38,8 @@ class Size:
     sets: tuple[str, ...]  # parameters that differ from the paper profile's
 
 
-SMALL = Size((32, 18), (24, 18), (28, 18), (32, 18), 8,  # of each, two are without text, picture or a whole one
+# of each part, two articles are without text, two without picture, two have a broken one
+SMALL = Size((32, 18), (24, 18), (28, 18), (32, 18), 8,
              ('10_vilt.epochs=1', '11_clip_sweep.backbones=RN50,ViT-B/32', '12_fine_tune.epochs=1',
               '13_wise_ft.epochs=1', '14_txv.epochs=2', '15_dual_softmax.epochs=2'))
 FULL = Size((7530, 1915), (400, 1500), (1925, 1500), (4410, 1500), 30,
@@ -135,6 +136,11 @@ def make_vit(name: str, weights: Path, sentence: int) -> None:
     with hub_folder(weights, name) as folder: ViTForImageClassification(config).save_pretrained(folder)
 
 
+def letters_of(number: int) -> str:
+    "A made-up word, which a vocabulary of word pieces can at least spell."
+    return 'x' + ''.join('abcdefghijklmnopqrstuvwxyz'[number//26**place % 26] for place in range(4))
+
+
 def make_marian(name: str, weights: Path, sentence: int) -> None:
     "OPUS-MT's German to English; by its own settings each sentence ends after `sentence` tokens."
     import torch
@@ -146,12 +152,14 @@ def make_marian(name: str, weights: Path, sentence: int) -> None:
         vocab_size=last + 1, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8,
         decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048, max_position_embeddings=512,
         activation_function='swish', scale_embedding=True, tie_word_embeddings=True, **ends))
+    model.model.shared.weight.data *= 8  # so that other sentences get other words
     state = {key: value for key, value in model.state_dict().items() if 'embed_positions' not in key}
     state['final_logits_bias'][0, 0] = 100.  # the end, as soon as it is allowed
     own = MINI_DIR/'mini-marian-de-en'
     pieces = [piece for piece in read_json(own/'vocab.json') if piece != '<pad>']
-    pieces += [f'▁filler{place}' for place in range(len(pieces), last)] + ['<pad>']
-    search = dict(num_beams=6, max_length=512, min_length=sentence, bad_words_ids=[[last]], **ends)
+    pieces += [f'▁{letters_of(place)}' for place in range(len(pieces), last)] + ['<pad>']
+    search = dict(num_beams=6, max_length=512, min_length=sentence, no_repeat_ngram_size=1,
+                  bad_words_ids=[[last]], **ends)
     texts = {'vocab.json': {piece: place for place, piece in enumerate(pieces)},
              'generation_config.json': search,
              'tokenizer_config.json': dict(source_lang='de', target_lang='en')}
