@@ -1,4 +1,4 @@
-"""The dress rehearsal and the GPU benchmark: what they make is found and read, what they say is so; all quick."""
+"""The dress rehearsal and the GPU benchmark: what they make is found and read, what they say is so."""
 import importlib.util
 import json
 import math
