@@ -25,7 +25,8 @@ from PIL import Image
 from newsrepro.core.base import MINI_DIR, notebooks_dir, write_json
 from newsrepro.core.checkpoints import REGISTRY, find_backbone
 from newsrepro.methods.txv import TxVRecipe, train_txv
-from newsrepro.models.embed import Encoder, build_model, encode, encode_batch
+from newsrepro.models.encoding import encode, encode_batch
+from newsrepro.models.loader import Encoder, build_model
 from newsrepro.models.match import MatchRecipe, load_news_pairs, train_matcher
 from newsrepro.models.single_stream import (Effort, Matcher, PictureRule, embed_pictures, load_vilt, new_vilt,
                                             rank_pairs, score_pairs, untaught)

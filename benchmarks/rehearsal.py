@@ -79,7 +79,7 @@ def hub_folder(weights: Path, repository: str) -> Iterator[Path]:
 def as_torchscript(state: Mapping, path: Path) -> None:
     "What OpenAI publishes: a TorchScript archive with three numbers beside the weights."
     import torch
-    from newsrepro.models.embed import JIT_EXTRAS
+    from newsrepro.models.weights import JIT_EXTRAS
     archive = torch.nn.Module()
     for name, value in {**state, **dict(zip(JIT_EXTRAS, map(torch.tensor, (224, 77, 49408))))}.items():
         *folders, last = name.split('.')
@@ -98,7 +98,7 @@ def make_clip(name: str, weights: Path, sentence: int) -> None:
     "OpenAI's models in half precision, others in single."
     import torch
     from safetensors.torch import save_file
-    from newsrepro.models.embed import build_model
+    from newsrepro.models.loader import build_model
     backbone = find_backbone(name, 'paper')
     torch.manual_seed(0)
     state = build_model(backbone).state_dict()

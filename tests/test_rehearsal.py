@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from newsrepro.core.checkpoints import PAPER_BACKBONES, TRANSLATORS, VILT_MODELS, local_model
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.study.needs import VILT_GFLOPS, Part, work_of
 from newsrepro.study.registry import STUDY_FIGURES, STUDY_TABLES, notebook_parameters
 from newsrepro.core.base import notebooks_dir
@@ -62,7 +62,7 @@ def test_a_model_lies_as_the_hub_keeps_it(tmp_path):
 
 
 def test_an_archive_is_read_as_openai_publishes_it(tmp_path):
-    from newsrepro.models.embed import read_weights
+    from newsrepro.models.weights import read_weights
     state = {'visual.conv1.weight': torch.arange(4.).half(), 'logit_scale': torch.tensor(2.).half()}
     rehearsal.as_torchscript(state, tmp_path/'model.pt')
     found = read_weights(tmp_path/'model.pt')
