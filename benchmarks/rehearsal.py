@@ -22,7 +22,7 @@ from newsrepro.core.base import MINI_DIR, InputError, cache_dir, notebooks_dir, 
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.study.needs import models_of
 from newsrepro.study.registry import PAPER_LAYOUT, STUDY_FIGURES, STUDY_TABLES, notebook_parameters
-from newsrepro.study.reproduce import choose, parse_set
+from newsrepro.study.plan import choose, parse_set
 
 MARK = 'rehearsal-random-weights'  # in the name of each collection, so in each row and under each table
 
