@@ -29,12 +29,12 @@ from ..core.base import InputError
 from ..core.checkpoints import Backbone
 from ..data.collection import Collection
 from ..data.pictures import open_image
-from ..models.loader import Encoder, tokenizer
 from .fine_tune import (DecodedPool, fine_tune, hold_out, label, load_pool, pairs_of, search,
                                          with_texts)
+from ..models.loader import Encoder, tokenizer
+from ..models.train import PUBMEDCLIP, PUBMEDCLIP_CODE, Pairs, Recipe, digest, load_pairs
 from ..ranking.metrics import (measure, paired_interval, paired_randomisation_test, rank_of_truth,
                                        reciprocal_rank)
-from ..models.train import PUBMEDCLIP, PUBMEDCLIP_CODE, Pairs, Recipe, digest, load_pairs
 from ..ranking.pool import Pool
 from ..study.registry import Choice
 from ..study.study import measure_rows
