@@ -163,7 +163,7 @@ def test_vit_b_32_equals_transformers(tmp_path, pictures):
 
 
 def test_the_plain_name_would_have_been_wrong(tmp_path, pictures):
-    "mlfoundations/open_clip #771: under the plain name a file runs with GELU; through the registry it does not."
+    "mlfoundations/open_clip #771: under the plain name a file runs with GELU, by the registry it does not."
     backbone = find_backbone('ViT-B/32', 'paper')
     save_file(random_model(backbone).state_dict(), tmp_path/'ViT-B-32.safetensors')
     plain = open_clip.create_model('ViT-B-32', pretrained=str(tmp_path/'ViT-B-32.safetensors')).eval()
