@@ -98,7 +98,7 @@ def main() -> None:
     found = []
     with TemporaryDirectory() as folder:
         paths = some_pictures(Path(folder), args.images)
-        print('| encoder | rows | best bare pass | encode, pixels ready | encode, from files | shares of bare |')
+        print('| encoder | rows | best bare pass | encode, pixels ready | encode, from files | shares |')
         print('|---|---|---|---|---|---|')
         for name in [args.only] if args.only else NAMES:
             row = measure(name, paths, args.repetitions, args.device)
