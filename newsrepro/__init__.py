@@ -8,7 +8,7 @@ from importlib import import_module
 _HOMES = {
     'core.base': ('InputError',),
     'core.checkpoints': ('find_backbone',),
-    'data.collection': ('read_collection', 'check_data'),
+    'data.layouts': ('read_collection', 'check_data'),
     'data.fetch': ('fetch_images',),
     'models.loader': ('load_encoder',),
     'models.store': ('EmbeddingStore', 'embed'),

@@ -155,7 +155,7 @@ def test_vit_b_32_equals_transformers(tmp_path, pictures):
     missing = other.load_state_dict(as_transformers(model.state_dict(), 12), strict=False)
     assert not missing.unexpected_keys and all('position_ids' in key for key in missing.missing_keys)
     encoder = load_encoder(backbone, tmp_path)
-    from newsrepro.data.collection import open_image
+    from newsrepro.data.pictures import open_image
     pixels = torch.stack([encoder.transform(open_image(path)) for path in pictures])
     with torch.inference_mode():
         both = other(input_ids=encoder.tokenize(TEXTS), pixel_values=pixels)

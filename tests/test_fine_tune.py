@@ -18,8 +18,9 @@ from newsrepro.methods import fine_tune as module
 from newsrepro.core.checkpoints import MissingCheckpoint, find_backbone
 from newsrepro.core.base import InputError
 from newsrepro.models.loader import load_encoder
-from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out,
-                                 load_fine_tuned, make_recipe, model_key, news_texts, save_fine_tuned)
+from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain,
+                                         hold_out, load_fine_tuned, make_recipe, model_key, news_texts,
+                                         save_fine_tuned)
 from newsrepro.models.train import PUBMEDCLIP, prune
 
 ENTRY = find_backbone('ViT-B/32', 'mini')

@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 
 from newsrepro.core.base import InputError
 from newsrepro.ranking.retrieve import top_k
-from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix, recall_sum,
-                           train_txv, trained_txv)
+from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix,
+                                   recall_sum, train_txv, trained_txv)
 
 
 def pairs(n, seed, dims=((12,), (10,)), noise=.3):

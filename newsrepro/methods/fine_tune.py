@@ -23,15 +23,16 @@ from safetensors.torch import save_file
 from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..text.cleaning import clean_all
 from ..core.base import PACKAGE, InputError, atomic_path
-from ..data.collection import Collection, chronological_split, random_split
+from ..data.collection import Collection
+from ..data.splits import chronological_split, random_split
 from ..models.encoding import encode_pictures, encode_tokens
 from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..ranking.metrics import measure
 from ..ranking.pool import Pool, ranked
 from ..text.language import english, select
 from ..core.threads import threads_for
-from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, identity, load_pairs,
-                             normaliser, prune, train)
+from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, identity, load_pairs, normaliser,
+                                    prune, train)
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #news-texts
 def news_texts(articles: pd.DataFrame,  # `title`, `text`, `lang`

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import InputError
-from ..data.collection import Collection, random_split
+from ..data.collection import Collection
+from ..data.splits import random_split
 from .foreign import FeatureEncoder
 from .loader import Encoder
 from .store import EmbeddingStore, embed

@@ -32,7 +32,7 @@ from transformers.models.vilt.modeling_vilt import ViltMLMHead
 # %% ../../nbs/models/04a_single_stream.ipynb #imports-own
 from ..core.checkpoints import VILT_FILES, find_model
 from ..core.base import InputError, atomic_path
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from .weights import read_weights
 from ..ranking.metrics import tie_order
 from ..ranking.retrieve import check_k, from_keys, to_keys

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from ..core.checkpoints import Backbone
 from ..core.base import InputError, atomic_path
-from ..data.collection import open_image
-from .encoding import encode_short
+from ..data.pictures import open_image
 from .loader import preprocessing, tokenizer
+from .encoding import encode_short
 from ..core.threads import threads_for
 
 # %% ../../nbs/models/07_train.ipynb #contrastive-loss
