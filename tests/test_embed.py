@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import MINI_BACKBONES, PAPER_BACKBONES, MissingCheckpoint, find_backbone
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.models.encoding import encode, encode_tokens, rows_at_once
 from newsrepro.models.foreign import ImageTower, load_image_encoder
 from newsrepro.models.loader import build_model, load_encoder

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..core.base import InputError
 from ..core.threads import small_model, threads_for
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from .loader import Encoder
 
 # %% ../../nbs/models/04a1_encoding.ipynb #lengths
