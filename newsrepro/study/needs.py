@@ -183,7 +183,7 @@ def facts_of(
 
 # %% ../../nbs/study/24_needs.ipynb #unmet
 LEAST_TRAINING = {'10_vilt': 20, '11_clip_sweep': 0}  # pairs in each set; elsewhere 10
-LEAST_POOL = 4  # images, and articles whose image is known
+LEAST_POOL = 4  # images of the test part, and its articles
 
 def unmet(
     notebook: Notebook,  # the registry's entry
@@ -193,9 +193,12 @@ def unmet(
     least = LEAST_TRAINING.get(notebook.name, 10)
     for dataset, part in facts.items():
         if part.train < least: return f'{least} training pairs in each set; {dataset} has {part.train}'
-        if min(part.pool, part.truth) < LEAST_POOL:
-            wanted = f'a test part with {LEAST_POOL} images and as many articles whose image is known'
-            return f'{wanted}, in each set; {dataset} has {part.pool} images, {part.truth} known'
+        if min(part.pool, part.test) < LEAST_POOL:
+            wanted = f'a test part with {LEAST_POOL} images and {LEAST_POOL} articles in each set'
+            return f'{wanted}; {dataset} has {part.pool} images, {part.test} articles'
+        if 0 < part.truth < LEAST_POOL:
+            wanted = f'{LEAST_POOL} test articles whose image is known in each set, or none at all'
+            return f'{wanted}; {dataset} has {part.truth}'
     return ''
 
 # %% ../../nbs/study/24_needs.ipynb #against-data
@@ -283,7 +286,8 @@ def _vilt_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
     preset, shares, work = PRESETS[v['profile']], read_numbers(v['sizes']), Work()
     count = preset['articles'] if v['articles'] < 0 else v['articles']
     for part in facts.values():
-        asked = min(count or part.truth, part.truth)
+        known = part.truth or part.test  # without the truth all are ranked
+        asked = min(count or known, known)
         seen = round(2*(v['epochs'] or preset['epochs'])*part.train*.9*(1 + sum(shares)))
         gflops = 3*seen*VILT_GFLOPS[v['profile']]
         tables = asked*part.pool*3 + len(shares)*2*(asked//2)*part.pool + asked*100
