@@ -84,7 +84,7 @@ def driver(study, folder, *arguments):
     return [sys.executable, '-c', DRIVER, repr(study), str(folder), *map(str, arguments)]
 
 
-RUN = dict(capture_output=True, text=True, timeout=100)
+RUN = dict(capture_output=True, text=True, timeout=300)  # a net, not a measure
 
 
 @pytest.fixture(scope='module')
