@@ -307,7 +307,7 @@ def objectives_of(recipe: MatchRecipe,  # how it is trained
     weights = dict(words=recipe.mask, matching=recipe.matching, retrieval=recipe.wrong_texts)
     names = [name for name, weight in weights.items() if weight]
     if not recipe.one_objective: return names
-    return [names[np.random.default_rng(seed_of(recipe.seed, step, 0)).integers(len(names))]]
+    return [names[np.random.default_rng(seed_of(recipe.seed, step, 2**31)).integers(len(names))]]
 
 # %% ../../nbs/models/07a_match.ipynb #step
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def step_loss(matcher: Matcher,  # the model with its tokenizer and rule of pict
               chunk: int = 0  # number of the forward pass within the step
              ) -> dict[str, torch.Tensor]:  # name of the objective -> scalar
     "The losses of one step, or of one forward pass of it, by objective."
-    own = (recipe.seed, step, chunk) if chunk else (recipe.seed, step)
+    own = (recipe.seed, step, chunk)
     part = StepPart(matcher, pairs, right, rows, recipe, np.random.default_rng(seed_of(*own)))
     matcher.model.drop = dropper(recipe.dropout, seed_of(*own, 1), matcher.model.device)
     try: return {name: OBJECTIVES[name](part) for name in objectives_of(recipe, step)}
