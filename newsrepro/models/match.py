@@ -74,23 +74,23 @@ ORIGINAL = MappingProxyType(dict(steps=25_000, warmup=2_500, schedule='linear', 
                                  weight_decay=.01, clip_norm=0., dropout=.1, alignment=.1))
 ORIGINAL_TASK = MappingProxyType({**ORIGINAL, 'steps': 0, 'epochs': 10., 'batch_size': 4096, 'chunk': 32,
                                   'most_patches': 200})
-ORIGINAL_RETRIEVAL = MappingProxyType({**ORIGINAL, 'steps': 0, 'epochs': 10., 'warmup': 0, 'warmup_share': .1,
-                                       'batch_size': 256, 'chunk': 16, 'alignment': 0., 'mask': 0.,
-                                       'matching': 0., 'wrong_texts': 15})
+ORIGINAL_RETRIEVAL = MappingProxyType({**ORIGINAL, 'steps': 0, 'epochs': 10., 'warmup': .1, 'batch_size': 256,
+                                       'chunk': 16, 'alignment': 0., 'mask': 0., 'matching': 0.,
+                                       'wrong_texts': 15})
 
 # %% ../../nbs/models/07a_match.ipynb #recipe-of
-def recipe_of(preset: Mapping[str, Any],  # fields of `MatchRecipe`, or `epochs` and `warmup_share`
+def recipe_of(preset: Mapping[str, Any],  # fields of `MatchRecipe`, or `epochs` in the place of `steps`
               n: int,  # pairs to train on
               **given: Any  # fields in the place of the preset's
              ) -> MatchRecipe:
     "A preset for `n` pairs; batches are no larger than that. Epochs count where no steps are given."
     fields = {**preset, **given}
     epochs = fields.pop('epochs', 0.)
-    share = fields.pop('warmup_share', 0.)
     size = min(fields.get('batch_size', MatchRecipe.batch_size), n)
     steps = fields.pop('steps', 0) or max(1, round(epochs*(n//size)))
-    warmup = fields.pop('warmup', 0) or max(1, round(share*steps))
-    return MatchRecipe(steps, warmup=warmup, **fields | dict(batch_size=size))
+    warmup = fields.pop('warmup', 0)
+    fields |= dict(batch_size=size, warmup=max(1, round(warmup*steps)) if 0 < warmup < 1 else round(warmup))
+    return MatchRecipe(steps, **fields)
 
 # %% ../../nbs/models/07a_match.ipynb #news-pairs
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def fewer_patches(part: torch.Tensor,  # (1 + patches, dim), the class token fir
 def pad_pictures(matcher: Matcher,  # the model with its tokenizer and rule of pictures
                  pictures: Sequence[torch.Tensor],  # n of (3, height, width) uint8
                  most: int = 0,  # patches of each that are kept; 0 = all
-                 draw: np.random.Generator | None = None  # source of all random numbers, where some are left out
+                 draw: np.random.Generator | None = None  # source of random numbers, where needed
                 ) -> tuple[torch.Tensor, torch.Tensor]:  # embedded and bool, (n, 1 + patches, …)
     "Embedded pictures side by side, those of one size embedded together."
     sizes = [picture.shape for picture in pictures]
@@ -468,7 +468,8 @@ def match_identity(matcher: Matcher,  # before its first step
     for picture in (picture for part in parts for picture in part.pictures):
         data.update(digest(picture).encode())
     return {f'recipe {name}': str(value) for name, value in asdict(recipe).items()} | {
-        'precision': matcher.precision, 'data': data.hexdigest(), 'model': digest(*matcher.model.state_dict().values()),
+        'precision': matcher.precision, 'data': data.hexdigest(),
+        'model': digest(*matcher.model.state_dict().values()),
         'architecture': json.dumps(matcher.model.config.to_diff_dict(), sort_keys=True)}
 
 # %% ../../nbs/models/07a_match.ipynb #train-matcher

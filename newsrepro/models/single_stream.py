@@ -176,12 +176,19 @@ def match_logits(model: Vilt,  # whose matching head is trained
 
 # %% ../../nbs/models/04a_single_stream.ipynb #transformers-name
 _OUTSIDE = MappingProxyType({
-    'text_embeddings.': 'embeddings.text_embeddings.', 'token_type_embeddings.': 'embeddings.token_type_embeddings.',
-    'cls_token': 'embeddings.cls_token', 'pos_embed': 'embeddings.position_embeddings',
-    'patch_embed.proj.': 'embeddings.patch_embeddings.projection.', 'norm.': 'layernorm.'})
+    'text_embeddings.': 'embeddings.text_embeddings.',
+    'token_type_embeddings.': 'embeddings.token_type_embeddings.',
+    'cls_token': 'embeddings.cls_token',
+    'pos_embed': 'embeddings.position_embeddings',
+    'patch_embed.proj.': 'embeddings.patch_embeddings.projection.',
+    'norm.': 'layernorm.'})
 _IN_LAYER = MappingProxyType({
-    'norm1.': 'layernorm_before.', 'attn.qkv.': 'attention.attention.qkv.', 'attn.proj.': 'attention.output.dense.',
-    'norm2.': 'layernorm_after.', 'mlp.fc1.': 'intermediate.dense.', 'mlp.fc2.': 'output.dense.'})
+    'norm1.': 'layernorm_before.',
+    'attn.qkv.': 'attention.attention.qkv.',
+    'attn.proj.': 'attention.output.dense.',
+    'norm2.': 'layernorm_after.',
+    'mlp.fc1.': 'intermediate.dense.',
+    'mlp.fc2.': 'output.dense.'})
 
 def transformers_name(key: str  # of a weight, in ViLT's own code, in timm's ViT or in `transformers`
                      ) -> str:
@@ -193,7 +200,7 @@ def transformers_name(key: str  # of a weight, in ViLT's own code, in timm's ViT
     return layer + rest
 
 # %% ../../nbs/models/04a_single_stream.ipynb #transformers-state
-def transformers_state(state: Mapping[str, torch.Tensor]  # by name of ViLT's own code, of timm or `transformers`
+def transformers_state(state: Mapping[str, torch.Tensor]  # as `transformers_name` takes the names
                       ) -> dict[str, torch.Tensor]:  # by name of `transformers`
     "The same weights; query, key and value apart."
     named = {transformers_name(key): value for key, value in state.items()}
@@ -488,7 +495,8 @@ def working_precision(name: str,  # 'auto' or one of `PRECISIONS`
     on_gpu = torch.device(device).type == 'cuda'
     if name == 'auto': return 'fp16' if on_gpu else 'fp32'
     if name not in PRECISIONS: raise InputError(f"precision={name!r}: one of auto, {', '.join(PRECISIONS)}")
-    if name == 'fp16' and not on_gpu: raise InputError('precision=fp16: of a GPU only; use auto, fp32 or bf16')
+    if name == 'fp16' and not on_gpu:
+        raise InputError('precision=fp16: of a GPU only; use auto, fp32 or bf16')
     if name == 'bf16' and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(f'precision=bf16: {torch.cuda.get_device_name(device)} has none; use fp16 or fp32')
     return name
@@ -770,8 +778,8 @@ def journal_name(matcher: Matcher,  # its weights count, to the bit
                 ) -> str:  # of a file
     "A name for the results of one call of `rank_pairs`."
     kinds = sorted({torch.device(device).type for device in effort.devices})
-    facts = [matcher.label, matcher.precision, torch.__version__, list(texts), k, effort.batch_size, effort.chunk,
-             len(effort.devices), kinds]
+    facts = [matcher.label, matcher.precision, torch.__version__, list(texts), k, effort.batch_size,
+             effort.chunk, len(effort.devices), kinds]
     total = hashlib.sha256(json.dumps(facts).encode())
     for value in matcher.model.state_dict().values():
         if isinstance(value, torch.Tensor): total.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -33,7 +33,8 @@ def _names(kind: str, parameter: str, values: Mapping[str, Any]) -> list[str]:
     if kind == 'clip': return backbone_names(value) if parameter == 'backbones' else [value]
     if kind == 'marian' and (value in ('none', 'provided') or Path(value).is_file()): return []
     if kind == 'marian' and Path(value).suffix in ('.csv', '.tsv', '.parquet'): raise InputError(f'translator {value!r}: no such file')
-    return [model_name(kind, value, profile)] if kind in ('marian', 'vilt') else [value] if value else []
+    name = model_name(kind, value, profile) if kind in ('marian', 'vilt', 'vit') else value
+    return [name] if name else []
 
 def models_of(notebook: Notebook,
               values: Mapping[str, Any]  # its parameters
@@ -60,6 +61,8 @@ FILES = {'marian': MARIAN_FILES, 'vilt': VILT_FILES}
 
 def _here(kind: str, name: str, profile: str, weights: Path | None) -> Path | None:
     if kind == 'encoder': return local_weights(name.partition(':')[2], weights) if ':' in name else _here('clip', name, profile, weights)
+    alone = local_weights(name, weights) if kind in ('vilt', 'vit') else None
+    if alone and alone.is_file(): return alone
     try:
         if kind == 'clip': return find_checkpoint(find_backbone(name, profile), weights, download=False)
         return find_model(name, weights, FILES.get(kind, ('config.json',)), download=False)
@@ -200,13 +203,16 @@ def scoring(profile: str, pairs: int) -> Work:
 
 # %% ../../nbs/study/24_needs.ipynb #work-of
 def _vilt_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
-    from newsrepro.methods.vilt import PRESETS
+    from newsrepro.methods.vilt import PRESETS, news_recipe, pairs_to_score
     preset, shares, work = PRESETS[v['profile']], read_numbers(v['sizes']), Work()
     count = preset['articles'] if v['articles'] < 0 else v['articles']
+    kept_out = preset['holdout'] if v['holdout'] < 0 else v['holdout']
+    models = 3 if model_name('vit', v['start'], v['profile']) else 2
     for part in facts.values():
         asked = min(count or part.truth, part.truth)
-        seen = round(2*(v['epochs'] or preset['epochs'])*part.train*.9*(1 + sum(shares)))
-        work += scoring(v['profile'], asked*part.pool*3 + len(shares)*2*(asked//2)*part.pool + asked*100)
+        recipe = news_recipe(v, v['profile'], 0, max(1, round(part.train*(1 - kept_out))))
+        seen = round(recipe.steps*recipe.batch_size*(models + 2*sum(shares) + 2*bool(kept_out)))
+        work += scoring(v['profile'], sum(pairs_to_score(asked, part.pool, models, len(shares), True).values()))
         work += Work(steps=seen, gflops=3*seen*VILT_GFLOPS[v['profile']]) + encoding(v['backbone'], v['profile'], part.pool, asked)
     return work
 

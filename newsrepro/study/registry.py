@@ -36,9 +36,14 @@ class Notebook:
 # %% ../../nbs/study/06_registry.ipynb #notebook-registry-1
 NOTEBOOKS = (
     Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
-             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank', 'liang2021-extra-sizes'),
+             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-recipe', 'liang2021-extra-rerank',
+                     'liang2021-extra-sizes'),
              figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training', 'liang2021-extra-sizes'),
-             models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'), ('translator', 'marian'))),
+             models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'), ('translator', 'marian')),
+             free=('score_batch', 'sizes', 'backbone', 'depths', 'example', 'word'),
+             papers_values=(('checkpoint', ('profile', 'dandelin/vilt-b32-mlm-itm', 'vilt_200k_mlm_itm.ckpt')),
+                            ('start', ('profile', 'google/vit-base-patch32-384')),
+                            ('recipe', ('profile', 'original')), ('precision', ('auto', 'fp16', 'fp32')))),
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
              tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3', 'zhang2022-extra-official-test',
                      'zhang2022-extra-selection', 'zhang2022-extra-token-loss'),
