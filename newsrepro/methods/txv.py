@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from ..core.base import InputError, atomic_path
-from ..data.collection import read_collection
+from ..data.layouts import read_collection
 from ..models.features import Features, Parts
 from ..ranking.metrics import measure
 from ..ranking.retrieve import as_unit_rows

@@ -14,8 +14,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import InputError
-from ..data.collection import Collection, random_split
+from ..data.collection import Collection
+from ..data.splits import random_split
 from .embed import EmbeddingStore, Encoder, FeatureEncoder, embed
+from .foreign import FeatureEncoder
+from .loader import Encoder
+from .store import EmbeddingStore, embed
 from ..text.language import english, select
 from ..core.threads import at_once, side_by_side
 
