@@ -18,8 +18,9 @@ from newsrepro.core.checkpoints import find_backbone
 from newsrepro.core.base import InputError
 from newsrepro.models.loader import build_model
 from newsrepro.core.threads import at_once
+from newsrepro.models.encoding import encode_short
 from newsrepro.models.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest,
-                                    encode_short, join_processes, normaliser, set_modes, train, twins)
+                                    join_processes, normaliser, set_modes, train, twins)
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)

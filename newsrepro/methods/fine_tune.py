@@ -25,7 +25,6 @@ from ..text.cleaning import clean_all
 from ..core.base import PACKAGE, InputError, atomic_path
 from ..data.collection import Collection
 from ..data.splits import chronological_split, random_split
-from ..models.embed import Encoder, encode_batch, load_encoder, preprocessing, tokenizer
 from ..models.encoding import encode_pictures, encode_tokens
 from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..ranking.metrics import measure

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from ..text.cleaning import tag_emoji
 from ..core.base import InputError
 from ..data.pictures import open_image
-from ..models.embed import Encoder
 from ..models.loader import Encoder
 from .fine_tune import DecodedPool, fine_tune, label, search
 from ..ranking.metrics import measure, rank_of_truth, reciprocal_rank

@@ -16,7 +16,6 @@ import pandas as pd
 from ..core.base import InputError
 from ..data.collection import Collection
 from ..data.splits import random_split
-from .embed import EmbeddingStore, Encoder, FeatureEncoder, embed
 from .foreign import FeatureEncoder
 from .loader import Encoder
 from .store import EmbeddingStore, embed

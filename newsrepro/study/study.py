@@ -26,13 +26,12 @@ from ..core.base import PACKAGE, InputError, atomic_path, cache_dir, notebooks_d
 from ..data.collection import Collection
 from ..data.layouts import read_collection
 from ..ranking.metrics import confidence_intervals, measure
-from ..models.embed import EmbeddingStore
+from ..models.store import EmbeddingStore
 from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line,
                                       notebook_named, notebook_parameters, parameter_departures,
                                       published_table, resolve_device)
 from ..text.language import (MarianTranslator, TableTranslator, TranslationMemory, english,
                                      find_translator)
-from ..models.store import EmbeddingStore
 from ..ranking.runs import write_run
 
 # %% ../../nbs/study/06a_study.ipynb #settings
