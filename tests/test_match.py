@@ -23,10 +23,10 @@ import newsrepro.models.match as match_module
 from newsrepro.core.base import InputError
 from newsrepro.models.match import (IGNORED, ORIGINAL, MatchRecipe, NewsPairs, alignment_loss, draw_pictures,
                                     draw_texts, gradients, load_news_pairs, mask_words, matching_loss,
-                                    pad_pictures, pad_texts, recipe_of, retrieval_loss, right_pictures, step_loss,
-                                    train_matcher, trained_matcher, validate_matching, word_loss)
-from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt, match_logits,
-                                            new_vilt, rank_pairs, save_vilt)
+                                    pad_pictures, pad_texts, recipe_of, retrieval_loss, right_pictures,
+                                    step_loss, train_matcher, trained_matcher, validate_matching, word_loss)
+from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt,
+                                            match_logits, new_vilt, rank_pairs, save_vilt)
 from newsrepro.models.train import digest, rate_factor
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them

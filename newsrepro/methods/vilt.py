@@ -23,7 +23,9 @@ import torch
 from scipy.stats import binomtest
 
 from ..core.base import InputError
-from ..data.collection import Collection, chronological_split, open_image
+from ..data.collection import Collection
+from ..data.pictures import open_image
+from ..data.splits import chronological_split
 from ..models.heat_maps import Panel, heat_map, word_span
 from ..models.match import (ORIGINAL, ORIGINAL_RETRIEVAL, ORIGINAL_TASK, MatchRecipe, NewsPairs,
                                     load_news_pairs, pad_pictures, pad_texts, recipe_of, together,
