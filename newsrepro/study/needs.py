@@ -43,7 +43,9 @@ def _names(kind: str, parameter: str, values: Mapping[str, Any]) -> list[str]:
     value, profile = values[parameter], values['profile']
     if kind == 'clip': return _clip_names(parameter, values)
     if kind == 'marian': return _translators(value, profile)
-    if kind == 'vilt': return [model_name(kind, value, profile)]
+    if kind in ('vilt', 'vit'):
+        named = model_name(kind, value, profile)
+        return [named] if named else []
     return [value] if value else []
 
 # %% ../../nbs/study/24_needs.ipynb #models-of
@@ -95,6 +97,8 @@ _OWNERS = {'timm': 'timm/', 'sentence-transformers': 'sentence-transformers/'}
 def _here(kind: str, name: str, profile: str, weights: Path | None) -> Path | None:
     library, _, own = name.partition(':')
     if kind == 'encoder': return local_weights(own, weights) if own else _here('clip', name, profile, weights)
+    alone = local_weights(name, weights) if kind in ('vilt', 'vit') else None
+    if alone and alone.is_file(): return alone
     try:
         if kind == 'clip': return find_checkpoint(find_backbone(name, profile), weights, download=False)
         return find_model(name, weights, _FILES.get(kind, ('config.json',)), download=False)
@@ -282,17 +286,19 @@ def scoring(
 
 # %% ../../nbs/study/24_needs.ipynb #work-of-single-stream
 def _vilt_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
-    from newsrepro.methods.vilt import PRESETS
-    preset, shares, work = PRESETS[v['profile']], read_numbers(v['sizes']), Work()
+    from newsrepro.methods.vilt import PRESETS, news_recipe, pairs_to_score
+    profile, shares, work = v['profile'], read_numbers(v['sizes']), Work()
+    preset = PRESETS[profile]
     count = preset['articles'] if v['articles'] < 0 else v['articles']
+    kept_out = preset['holdout'] if v['holdout'] < 0 else v['holdout']
+    models = 3 if model_name('vit', v['start'], profile) else 2
     for part in facts.values():
-        known = part.truth or part.test  # without the truth all are ranked
-        asked = min(count or known, known)
-        seen = round(2*(v['epochs'] or preset['epochs'])*part.train*.9*(1 + sum(shares)))
-        gflops = 3*seen*VILT_GFLOPS[v['profile']]
-        tables = asked*part.pool*3 + len(shares)*2*(asked//2)*part.pool + asked*100
-        work += scoring(v['profile'], tables) + Work(steps=seen, gflops=gflops, trained=gflops)
-        work += encoding(v['backbone'], v['profile'], part.pool, asked)
+        asked = min(count or part.truth, part.truth)
+        recipe = news_recipe(v, profile, 0, max(1, round(part.train*(1 - kept_out))))
+        seen = round(recipe.steps*recipe.batch_size*(models + 2*sum(shares) + 2*bool(kept_out)))
+        work += scoring(profile, sum(pairs_to_score(asked, part.pool, models, len(shares), True).values()))
+        work += Work(steps=seen, gflops=3*seen*VILT_GFLOPS[profile])
+        work += encoding(v['backbone'], profile, part.pool, asked)
     return work
 
 # %% ../../nbs/study/24_needs.ipynb #work-of-sweep
