@@ -127,7 +127,7 @@ def test_long_sentence(small, tmp_path):
     "A sentence with more tokens than the model has positions is cut at spaces, nothing is lost on the way in."
     translator = text_module.MarianTranslator('opus', small, TranslationMemory(tmp_path/'memory.sqlite'))
     sentence = 'Der Bär läuft durch den Wald und '*200 + 'schläft.'
-    pieces = translator.pieces(sentence)
+    [pieces] = translator.pieces(sentence)
     assert len(pieces) > 1 and ' '.join(pieces) == sentence
     assert all(len(translator.marian[1](piece).input_ids) <= 512 for piece in pieces)
 

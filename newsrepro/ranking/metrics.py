@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'rank_of_truth', 'reciprocal_rank', 'hit', 'parse_measure', 'measure', 'summarise', 'found', 'chance',
-           'tie_order', 'rank_by_score', 'confidence_intervals', 'paired_randomisation_test', 'Comparison',
-           'compare_ranks']
+           'tie_order', 'rank_by_score', 'confidence_intervals', 'paired_randomisation_test', 'paired_interval',
+           'Comparison', 'compare_ranks']
 
 # %% ../../nbs/ranking/02_metrics.ipynb #imports
 import re
@@ -62,6 +62,7 @@ def parse_measure(
         raise InputError(f'{name}: only the first {depth} of each list are looked at; K is 1 to {depth}')
     return match[1] or 'R', k
 
+# %% ../../nbs/ranking/02_metrics.ipynb #measure-measure
 def measure(
     ranks: np.ndarray,  # int (n articles,), 0 = not found
     name: str,  # 'MRR@K', 'R@K' or 'MRR'
@@ -128,6 +129,7 @@ def _percentile_interval(
                       n_resamples=n_resamples, confidence_level=level, rng=np.random.default_rng(seed))
     return drawn.confidence_interval
 
+# %% ../../nbs/ranking/02_metrics.ipynb #confidence-intervals
 def confidence_intervals(
     ranks: np.ndarray,  # int (n articles,), 0 = not found
     measures: Sequence[str] = MEASURES,  # names, as in `measure`
@@ -155,6 +157,20 @@ def paired_randomisation_test(
                                n_resamples=n_resamples, batch=500, rng=rng)
     return float(flipped.pvalue)
 
+# %% ../../nbs/ranking/02_metrics.ipynb #paired-interval
+def paired_interval(
+    ranks_a: np.ndarray,  # int (n articles,) of run A, 0 = not found
+    ranks_b: np.ndarray,  # int (n articles,) of run B, in the same order of articles
+    name: str = 'MRR@100',  # measure
+    seed: int = 0,  # seed of the resamples
+) -> dict[str, float]:  # value = A - B, ci_low, ci_high (95 %), n: columns of a table
+    "Mean difference of two runs with its bootstrap interval; ValueError for unequal or too few articles"
+    n, m = len(ranks_a), len(ranks_b)
+    if n != m: raise ValueError(f'{n} and {m} ranks are not of the same articles')
+    difference = measure(ranks_a, name) - measure(ranks_b, name)
+    low, high = _percentile_interval(difference, n_resamples=2000, seed=seed, level=.95)
+    return dict(value=float(difference.mean()), ci_low=float(low), ci_high=float(high), n=n)
+
 # %% ../../nbs/ranking/02_metrics.ipynb #compare-ranks
 @dataclass(frozen=True)
 class Comparison:
@@ -167,6 +183,7 @@ class Comparison:
     ci95: tuple[float, float]  # of `difference`
     p_value: float
 
+# %% ../../nbs/ranking/02_metrics.ipynb #compare-ranks-compare-ranks
 def compare_ranks(
     ranks_a: np.ndarray,  # int (n articles,) of run A, 0 = not found
     ranks_b: np.ndarray,  # int (n articles,) of run B, in the same order of articles
@@ -174,9 +191,7 @@ def compare_ranks(
     seed: int = 0,  # seed of the interval and of the test
 ) -> Comparison:
     "Difference of two runs, bootstrap interval and paired test; ValueError for unequal or too few articles"
-    n, m = len(ranks_a), len(ranks_b)
-    if n != m: raise ValueError(f'{n} and {m} ranks are not of the same articles')
+    found = paired_interval(ranks_a, ranks_b, name, seed)
     a, b = measure(ranks_a, name), measure(ranks_b, name)
-    low, high = _percentile_interval(a - b, n_resamples=2000, seed=seed, level=.95)
-    return Comparison(len(a), name, float(a.mean()), float(b.mean()), float((a - b).mean()),
-                      (float(low), float(high)), paired_randomisation_test(a, b, seed=seed))
+    return Comparison(found['n'], name, float(a.mean()), float(b.mean()), found['value'],
+                      (found['ci_low'], found['ci_high']), paired_randomisation_test(a, b, seed=seed))

@@ -30,6 +30,7 @@ def check_temperature(temperature: float  # by which similarities are divided
     raise InputError(f'temperature={temperature}: a positive number such as 1 (raw cosines) '
                      'or 0.01 (the scale of CLIP)')
 
+# %% ../../nbs/ranking/05a_one_to_one.ipynb #as-logits
 def as_logits(scores: np.ndarray,  # (n, m) similarities, -inf where a pair is ruled out
               temperature: float = 1.  # positive
              ) -> torch.Tensor:  # (n, m) float64, `scores`/`temperature`

@@ -44,6 +44,7 @@ def _is_header(field: str) -> bool:
     "Whether a line that starts with `field` names columns ('header' stands in the organisers' random runs)"
     return field.lstrip('# ').lower() in ('article', 'articleid', 'article_id', 'aid', 'header')
 
+# %% ../../nbs/ranking/03_runs.ipynb #write-run-write-run
 def write_run(
     path: str | Path,  # file to be written
     retrieved: Mapping[str, Sequence[str]],  # article id -> image ids, best first
@@ -63,6 +64,7 @@ def write_run(
     with atomic_path(path) as beside:
         beside.write_text(''.join('\t'.join(row) + '\n' for row in rows), encoding='utf-8', newline='\n')
 
+# %% ../../nbs/ranking/03_runs.ipynb #repeated
 def _repeated(ids: Iterable[str]) -> str | None:
     "First id that was there before"
     seen = set()
@@ -86,6 +88,7 @@ def _read_text(path: str | Path) -> str:
         wrong = f'byte {raw[e.start]:#x} is not UTF-8'
         raise InputError(f'{path} line {line}: {wrong}; save the run file as UTF-8') from e
 
+# %% ../../nbs/ranking/03_runs.ipynb #rankings
 def _rankings(
     path: str | Path,  # run file
     depth: int,  # image ids kept per article
@@ -128,6 +131,7 @@ def read_rankings(
         if twice := _repeated(r.image_ids): raise InputError(f'{at} {article} lists image {twice!r} twice')
     return rankings
 
+# %% ../../nbs/ranking/03_runs.ipynb #read-run-read-run
 def read_run(
     path: str | Path,  # run file, 2021 or 2023 format
     shortest: int = DEPTH,  # fewest image ids that a list may have; 1 for any
@@ -149,6 +153,7 @@ class Truth:
     ) -> str | None:  # article id
         return name if name in self.image_of else self.alias.get(name)
 
+# %% ../../nbs/ranking/03_runs.ipynb #make-truth
 def _make_truth(
     pairs: Iterable[tuple[str, str, Iterable[str]]],  # article id, image id, other names of the article
     pool: Iterable[str] | None = None,  # image ids; None: those of the pairs
@@ -173,6 +178,7 @@ def _column(
         raise InputError(f'{path}: no column {" or ".join(names)}; its columns are {there}')
     return table[name].str.strip().str.normalize('NFC')  # as `read_collection` has its ids
 
+# %% ../../nbs/ranking/03_runs.ipynb #truth-of-table
 def _truth_of_table(
     table: pd.DataFrame,  # text columns, as from `read_table`
     path: str | Path,  # for messages
@@ -219,6 +225,7 @@ def read_pool(
     "Ids of the images that a run may list; InputError where the column is missing"
     return frozenset(_column(read_table(path)[0], path, ('image_id', 'iid'))) - {''}
 
+# %% ../../nbs/ranking/03_runs.ipynb #ranks-of-file-ranks-of-file
 def ranks_of_file(
     run: str | Path,  # run file
     truth: Truth,  # its articles and aliases decide which lines are known

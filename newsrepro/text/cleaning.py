@@ -115,6 +115,7 @@ def _stops(language: str) -> frozenset[str]:
     from stop_words import get_stop_words
     return frozenset(_ENGLISH_STOPS if language == 'en' else get_stop_words('de'))
 
+# %% ../../nbs/text/01a_cleaning.ipynb #remove-stop-words-remove-stop-words
 def remove_stop_words(text: str,  # any text
                       language: str = 'en'  # 'en' or 'de'
                      ) -> str:
@@ -146,6 +147,7 @@ def _lemma(word: str, language: str) -> str:
     import simplemma
     return simplemma.lemmatize(word, lang=language)
 
+# %% ../../nbs/text/01a_cleaning.ipynb #lemmatise
 def lemmatise(text: str,  # any text
               language: str = 'en'  # 'en' or 'de'
              ) -> str:
@@ -173,6 +175,7 @@ def _expand(word: str) -> str:
             return f'{_expand(base)} {verb.upper() if word[-len(ending):].isupper() else verb}'
     return word
 
+# %% ../../nbs/text/01a_cleaning.ipynb #expand-contractions-expand-contractions
 def expand_contractions(text: str,  # any text
                         language: str = 'en'  # other than en: left as it is
                        ) -> str:
@@ -197,6 +200,7 @@ def _icon_names(icon: str, language: str) -> tuple[str, ...]:
     parts = emoji.demojize(icon, delimiters=('\0', '\0'), language=names).split('\0')
     return tuple(part.replace('_', ' ') for part in parts if part.strip('\u200D\uFE0F'))
 
+# %% ../../nbs/text/01a_cleaning.ipynb #name-emoji-name-emoji
 def name_emoji(text: str,  # any text
                language: str = 'en',  # 'de' for German names, else English
                tag: bool = False  # as tags, <red_heart>
@@ -314,6 +318,7 @@ def _correct(word: str, language: str) -> str:
     rare = language != 'en' or 10 * _web().unigrams.get(word, 0) <= _web().unigrams.get(best, 0)
     return best if rare else word
 
+# %% ../../nbs/text/01a_cleaning.ipynb #mend-typos-mend-typos
 def mend_typos(text: str,  # any text
                language: str = 'en'  # 'en' or 'de'
               ) -> str:
@@ -341,6 +346,7 @@ class Step:
     meaning: str  # one line
     idempotent: bool  # twice is once
 
+# %% ../../nbs/text/01a_cleaning.ipynb #steps-1
 STEPS = {
     'characters': Step(repair_characters, 'composed characters, no ligatures, entities or controls', True),
     'lower': Step(lower_case, 'small letters, but in links', True),
@@ -361,6 +367,8 @@ STEPS = {
 PAPER_ORDER = ('lower', 'punctuation', 'spaces', 'stop-words', 'stem', 'lemmatise', 'contractions')
 SENSIBLE_ORDER = ('contractions', 'stop-words', 'lemmatise', 'stem', 'lower', 'punctuation', 'spaces')
 TWEET_STEPS = ('characters', 'emoji', 'hashtags', 'elongations', 'slang', 'typos')
+
+# %% ../../nbs/text/01a_cleaning.ipynb #steps-2
 # tweets first: their steps need capitals and marks
 PRESETS = {'none': (), 'paper': PAPER_ORDER, 'sensible': SENSIBLE_ORDER, 'tweets': TWEET_STEPS,
            'paper+tweets': TWEET_STEPS + PAPER_ORDER, 'sensible+tweets': TWEET_STEPS + SENSIBLE_ORDER}
@@ -387,6 +395,7 @@ def clean(text: str,  # any text
         text = STEPS[name].apply(text, language)
     return text
 
+# %% ../../nbs/text/01a_cleaning.ipynb #clean-all
 def clean_all(texts: Iterable[str],  # any texts
               steps: str|Sequence[str] = 'sensible',  # as in `clean`
               language: str|Sequence[str] = 'en'  # of all texts, or of each

@@ -19,6 +19,7 @@ from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.checkpoints import MARIAN_FILES, find_model, model_name
 from ..core.base import InputError, atomic_path, file_digest, read_json
@@ -46,6 +47,7 @@ def _detector(languages: tuple[str, ...]):
         raise InputError(f"languages {','.join(languages)!r}: name two or more to choose from")
     return LanguageDetectorBuilder.from_iso_codes_639_1(*(known[code] for code in languages)).build()
 
+# %% ../../nbs/text/01_language.ipynb #detect-languages-detect-languages
 def detect_languages(texts: Sequence[str],  # any texts
                      languages: Sequence[str] = LANGUAGES  # ISO 639-1 codes to choose from
                     ) -> list[str]:  # a code a text, '' where a text has no words
@@ -146,6 +148,7 @@ def load_marian(folder: Path  # as `find_model` returns it
     if gaps: raise InputError(f'{folder}: the checkpoint lacks {gaps[0]} as config.json states it')
     return model.eval().requires_grad_(False), tokenizer
 
+# %% ../../nbs/text/01_language.ipynb #folder-fingerprint
 def folder_fingerprint(folder: Path  # of a model
                       ) -> str:
     "SHA-256 over the names and contents of the files in `folder` that make a model what it is."
@@ -167,6 +170,7 @@ def length_batches(lengths: Sequence[int],  # tokens of each sentence
         batch.append(index)
     if batch: yield batch
 
+# %% ../../nbs/text/01_language.ipynb #windows
 def windows(text: str,  # any text
             count: Callable[[str], int],  # tokens of a word, without the special ones
             budget: int  # tokens a window
@@ -226,15 +230,13 @@ def tell_cut(name: str,  # of the translator
     if cut: warnings.warn(f'{name}: {said}; the first is {cut[0][:40]}…', stacklevel=3)
 
 # %% ../../nbs/text/01_language.ipynb #marian-translator
-_LETTER = re.compile(r'[^\W\d_]')
-
 @dataclass(frozen=True)
 class MarianTranslator:
     "German in, English out, by a Marian model and its memory."
-    name: str
-    folder: Path
-    memory: TranslationMemory
-    device: str = 'cpu'
+    name: str  # as asked for
+    folder: Path  # of the model's files
+    memory: TranslationMemory  # of what was translated before
+    device: str = 'cpu'  # 'cpu', 'cuda' or 'cuda:N'
     budget: int = 4096  # padded tokens a batch
 
     @cached_property
@@ -248,33 +250,51 @@ class MarianTranslator:
     def longest(self) -> int: return longest_input(self.folder)
     def count(self, text: str) -> int: return len(self.marian[1].tokenize(text))
 
-    def pieces(self, sentence: str  # in German
-              ) -> list[str]:
-        "`sentence` itself, or its windows where it has more tokens than the model has positions."
-        return windows(sentence, self.count, self.longest) if may_exceed(sentence, self.longest) else [sentence]
+# %% ../../nbs/text/01_language.ipynb #pieces
+_LETTER = re.compile(r'[^\W\d_]')
 
-    def __call__(self, texts: Sequence[str],  # in German
+@patch
+def pieces(self: MarianTranslator,
+           text: str  # in German
+          ) -> list[list[str]]:  # pieces of each paragraph
+    "What of `text` is translated at once."
+    def fitting(sentence):
+        return windows(sentence, self.count, self.longest) if may_exceed(sentence, self.longest) else [sentence]
+    return [[piece for sentence in sentences(part, 'de') for piece in fitting(sentence)] for part in paragraphs(text)]
+
+@patch
+def known_pieces(self: MarianTranslator,
+                 pieces: Sequence[str],  # distinct
                  progress: bool = False  # show a bar
-                ) -> list[str]:
-        "Translations by paragraphs; what the memory holds, a text or a sentence, is not translated again."
-        from tqdm import tqdm
-        texts = [*map(_whole, texts)]
-        known = self.memory.find(self.label, texts)
-        parts = {text: [[piece for sentence in sentences(part, 'de') for piece in self.pieces(sentence)]
-                        for part in paragraphs(text)] for text in texts if text not in known}
-        wanted = list(dict.fromkeys(piece for text in parts.values() for part in text for piece in part))
-        suspects = (piece for piece in wanted if may_exceed(piece, self.longest))
-        tell_cut(self.name, [piece for piece in suspects if self.count(piece) > self.longest], self.longest)
-        known |= self.memory.find(self.label, wanted)
-        known |= {piece: piece for piece in wanted if not _LETTER.search(piece)}
-        lacking = [piece for piece in wanted if piece not in known]
-        with tqdm(total=len(lacking), unit='sentence', disable=not progress or not lacking) as bar:
-            for done in translate_batches(*self.marian, lacking, self.budget) if lacking else ():
-                self.memory.add(self.label, done)
-                known |= done
-                bar.update(len(done))
-        joined = lambda text: '\n'.join(' '.join(known[piece] for piece in part) for part in parts[text])
-        return [joined(text) if text in parts else known[text] for text in texts]
+                ) -> dict[str, str]:  # piece -> English
+    "Pieces from the memory, the others translated and kept there; what has no letter stays as it is."
+    from tqdm import tqdm
+    found = self.memory.find(self.label, pieces) | {piece: piece for piece in pieces if not _LETTER.search(piece)}
+    lacking = [piece for piece in pieces if piece not in found]
+    if not lacking: return found
+    with tqdm(total=len(lacking), unit='sentence', disable=not progress) as bar:
+        for done in translate_batches(*self.marian, lacking, self.budget):
+            self.memory.add(self.label, done)
+            found |= done
+            bar.update(len(done))
+    return found
+
+# %% ../../nbs/text/01_language.ipynb #translate
+@patch
+def __call__(self: MarianTranslator,
+             texts: Sequence[str],  # in German
+             progress: bool = False  # show a bar
+            ) -> list[str]:
+    "Translations by paragraphs; what the memory holds, a text or a sentence, is not translated again."
+    texts = [*map(_whole, texts)]
+    known = self.memory.find(self.label, texts)
+    parts = {text: self.pieces(text) for text in texts if text not in known}
+    wanted = list(dict.fromkeys(piece for text in parts.values() for part in text for piece in part))
+    suspects = (piece for piece in wanted if may_exceed(piece, self.longest))
+    tell_cut(self.name, [piece for piece in suspects if self.count(piece) > self.longest], self.longest)
+    english = self.known_pieces(wanted, progress)
+    joined = lambda text: '\n'.join(' '.join(english[piece] for piece in part) for part in parts[text])
+    return [joined(text) if text in parts else known[text] for text in texts]
 
 # %% ../../nbs/text/01_language.ipynb #table-translator
 @dataclass(frozen=True)
@@ -320,6 +340,7 @@ def languages_of(articles: pd.DataFrame  # `lang`, `title`, `text`
     detected = iter(detect_languages((articles.title + ' ' + articles.text)[articles.lang == ''].tolist()))
     return [stated or next(detected) for stated in articles.lang]
 
+# %% ../../nbs/text/01_language.ipynb #english-english
 def english(articles: pd.DataFrame,  # `lang`, `title`, `text`, and `title_en`, `text_en` where there are
             translator: Callable[[list[str]], list[str]] | None = None,  # of German
             provided: bool = True,  # take the collection's own translation where it has one
