@@ -29,7 +29,7 @@ class InputError(ValueError):
 def atomic_path(
     path: str|Path # file (or folder) to be written; parents are created
 ):
-    "Yield a temporary path beside `path`, with its suffix; rename it to `path` on success and remove it on error."
+    "Yield a temporary path beside `path`, with its suffix; renamed to `path` on success, removed on error."
     path = Path(path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -44,12 +44,15 @@ def atomic_path(
         else: temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/core/00_base.ipynb #json-files
-def read_json(path: Path) -> dict | None:
+def read_json(path: Path  # a file that may be absent
+             ) -> dict | None:
     "The object in a JSON file, None where there is none or it cannot be read."
     try: return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
 
-def write_json(path: Path, value: Mapping) -> None:
+def write_json(path: Path,  # of the file
+               value: Mapping  # what it is to hold
+              ) -> None:
     "Write `value` beside `path`, then rename; a file that says the same already is left alone."
     text = json.dumps(value, indent=1, ensure_ascii=False) + '\n'
     if path.is_file() and path.read_bytes() == text.encode(): return
@@ -69,36 +72,43 @@ MINI_DIR = PACKAGE/'mini'/'checkpoints' # the checkpoints that the package ships
 def clone_root(package: Path = PACKAGE  # folder of the installed package
               ) -> Path | None:  # root of the clone, None when installed from a wheel
     "The checkout the package is imported from, where there is one."
-    return package.parent if (package.parent/'settings.ini').is_file() and (package.parent/'nbs').is_dir() else None
+    root = package.parent
+    return root if (root/'settings.ini').is_file() and (root/'nbs').is_dir() else None
 
-def notebooks_dir(package: Path = PACKAGE) -> Path:
+def notebooks_dir(package: Path = PACKAGE  # folder of the installed package
+                 ) -> Path:
     "Where the notebooks of the methods lie: `nbs/methods` in a clone, package data otherwise."
     return root/'nbs'/'methods' if (root := clone_root(package)) else package/'notebooks'
 
-def reference_dir(package: Path = PACKAGE) -> Path:
-    "The report that runs of the mini study are held against: `reports/reference` in a clone, package data otherwise."
+def reference_dir(package: Path = PACKAGE  # folder of the installed package
+                 ) -> Path:
+    "The report that mini runs are held against: `reports/reference` in a clone, package data otherwise."
     return root/'reports'/'reference' if (root := clone_root(package)) else package/'reference'
 
-def cache_dir(package: Path = PACKAGE) -> Path:
+def cache_dir(package: Path = PACKAGE  # folder of the installed package
+             ) -> Path:
     "Where mini collections and embeddings are kept between runs."
     if given := os.environ.get('NEWSREPRO_CACHE'): return Path(given).absolute()
     if root := clone_root(package): return root/'.cache'/'newsrepro'
     home = os.path.expanduser('~')  # stays as it is where the user has neither HOME nor an entry
-    return Path(os.environ.get('XDG_CACHE_HOME') or os.path.join(tempfile.gettempdir() if home == '~' else home, '.cache'))/'newsrepro'
+    return Path(os.environ.get('XDG_CACHE_HOME')
+                or os.path.join(tempfile.gettempdir() if home == '~' else home, '.cache'))/'newsrepro'
 
 # %% ../../nbs/core/00_base.ipynb #commit
 @cache
 def source_commit() -> str:
     "Commit of the clone, with `+` for changed sources; the package's version when installed from a wheel."
     root = clone_root()
-    git = lambda *args: subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *args: subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True,
+                                       check=True).stdout.strip()
     try:
         changed = git('status', '--porcelain', '--', 'nbs', 'newsrepro', 'settings.ini') if root else ''
         if root: return git('rev-parse', '--short=10', 'HEAD') + ('+' if changed else '')
     except (OSError, subprocess.CalledProcessError): pass
     return package_version()
 
-def package_version(name: str = 'newsrepro') -> str:
+def package_version(name: str = 'newsrepro'  # of a distribution
+                   ) -> str:
     "Installed version of a package, `absent` where there is none."
     try: return f'{version(name)}' if name != 'newsrepro' else f'v{version(name)}'
     except PackageNotFoundError: return 'absent'

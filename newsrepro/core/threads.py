@@ -65,12 +65,14 @@ def side_by_side(jobs: Sequence[Callable[[], Any]],  # each called once
 # %% ../../nbs/core/00a_threads.ipynb #each
 def each(function: Callable[[Any], Any],  # called with one item
          items: Iterable,  # what it is called with
-         like: torch.nn.Module | Sequence[float],  # a model like those trained, or the parameters of each item's model
+         like: torch.nn.Module
+         | Sequence[float],  # a model like those trained, or the parameters of each item's model
          device: str = 'cpu'  # where models given by their size run
         ) -> list:  # results, in the order of `items`
-    "`function` of each item; side by side where the models are small and on the CPU, else in turn. Raises the first error."
+    "`function` of each item, side by side where the models are small and on the CPU. Raises the first error."
     items = list(items)
-    if isinstance(like, torch.nn.Module): return side_by_side([partial(function, item) for item in items], at_once(like))
+    if isinstance(like, torch.nn.Module):
+        return side_by_side([partial(function, item) for item in items], at_once(like))
     small = all(is_small(size, device) for size in like)
     largest_first = sorted(range(len(items)), key=lambda i: -like[i])
     jobs = [partial(function, items[i]) for i in largest_first]

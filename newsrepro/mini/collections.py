@@ -764,7 +764,8 @@ def write_captions(root: Path,  # folder to write into
         rows += [[f'c{i:05d}{mark}', words, lang, f'p{i:05d}', 'train']
                  for mark, words in (('', text), ('-press', line)) if words]
         jobs.append((root/'images'/f'p{i:05d}.jpg', picture, use))
-    _write_table(root/'captions.csv', ['article_id', 'title', 'lang', 'image_id', 'split'], rows, delimiter=',')
+    _write_table(root/'captions.csv', ['article_id', 'title', 'lang', 'image_id', 'split'], rows,
+                 delimiter=',')
     return jobs
 
 def caption_texts(root: str | Path  # what `make_mini` returned

@@ -176,12 +176,12 @@ def paired_interval(
 class Comparison:
     "Two runs over the same articles; `difference` = `a` - `b`, positive where the first run is better"
     n: int  # articles
-    metric: str
-    a: float
-    b: float
-    difference: float
+    metric: str  # measure, as of `measure`
+    a: float  # mean of the first run
+    b: float  # mean of the second run
+    difference: float  # `a` - `b`
     ci95: tuple[float, float]  # of `difference`
-    p_value: float
+    p_value: float  # two-sided, of the paired randomisation test
 
 # %% ../../nbs/ranking/02_metrics.ipynb #compare-ranks-compare-ranks
 def compare_ranks(

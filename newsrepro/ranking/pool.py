@@ -38,7 +38,8 @@ class Pool:
     @classmethod
     def of(cls, articles: Sequence[str],  # ids
            images: Sequence[str],  # ids, in any order
-           truth: Mapping[str, str]) -> 'Pool':
+           truth: Mapping[str, str]  # article id -> image id
+          ) -> 'Pool':
         "The pool of these ids."
         order = tie_order(images)
         return cls(list(articles), [images[i] for i in order], order, truth)
@@ -56,7 +57,7 @@ class Pool:
         return np.array([place.get(self.truth.get(article), -1) for article in self.articles], dtype=np.int64)
 
 # %% ../../nbs/ranking/05b_pool.ipynb #ranked
-def ranked(pool: Pool,
+def ranked(pool: Pool,  # whose images are listed
            texts: np.ndarray,  # (n, d) unit rows, one an article
            images: np.ndarray,  # (m, d) unit rows, in the order in which the images were given
            k: int = 100,  # images a list at most
@@ -72,10 +73,11 @@ def scored_lists(pool: Pool, scores: np.ndarray,  # (n, m), columns as in the po
     return {article: [pool.images[j] for j in row] for article, row in zip(pool.articles, places)}
 
 # %% ../../nbs/ranking/05b_pool.ipynb #ranks
-def ranks_by_cosine(pool: Pool,
+def ranks_by_cosine(pool: Pool,  # with the truth
                     texts: np.ndarray,  # (n, d) unit rows, one an article
                     images: np.ndarray,  # (m, d) unit rows, in the order in which the images were given
-                    device: str = 'cpu') -> np.ndarray:  # int64 (articles of the truth,), 0 = not among the first 100
+                    device: str = 'cpu'  # where the search runs
+                   ) -> np.ndarray:  # int64 (articles of the truth,), 0 = not among the first 100
     "Rank of each article's image among its 100 nearest."
     return rank_of_truth(ranked(pool, texts, images, device=device), pool.truth)
 

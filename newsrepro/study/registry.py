@@ -29,34 +29,47 @@ class Notebook:
     tables: tuple[str, ...]  # tables it writes, without ending
     figures: tuple[str, ...] = ()  # figures it writes, without ending
     after: tuple[str, ...] = ()  # notebooks whose results it reads
-    models: tuple[tuple[str, str], ...] = ()  # parameters that name models, each with the kind: clip, vilt, vit, marian or encoder
+    # parameters that name models, each with the kind: clip, vilt, vit, marian or encoder
+    models: tuple[tuple[str, str], ...] = ()
     free: tuple[str, ...] = ()  # parameters that change no number of a published table
-    papers_values: tuple[tuple[str, tuple], ...] = ()  # parameters whose default is not the only value of the paper, each with those that are
+    # parameters whose default is not the paper's only value, each with those that are
+    papers_values: tuple[tuple[str, tuple], ...] = ()
 
 # %% ../../nbs/study/06_registry.ipynb #notebook-registry-1
 NOTEBOOKS = (
     Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
-             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank', 'liang2021-extra-sizes'),
-             figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training', 'liang2021-extra-sizes'),
-             models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'), ('translator', 'marian'))),
+             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank',
+                     'liang2021-extra-sizes'),
+             figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training',
+                      'liang2021-extra-sizes'),
+             models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'),
+                     ('translator', 'marian'))),
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
-             tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3', 'zhang2022-extra-official-test',
+             tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3',
+                     'zhang2022-extra-official-test',
                      'zhang2022-extra-selection', 'zhang2022-extra-token-loss'),
              figures=('zhang2022-extra-quality-parameters', 'zhang2022-extra-quality-time'),
              models=(('backbones', 'clip'), ('selection_backbone', 'clip'), ('translator', 'marian'))),
     Notebook('12_fine_tune', 'vu2022', 'CLIP fine-tuned on titles and first sentences (Vu et al. 2022)',
-             tables=('vu2022-table-1', 'vu2022-table-2', 'vu2022-extra-gain', 'vu2022-extra-parts'), figures=('vu2022-extra-training',),
+             tables=('vu2022-table-1', 'vu2022-table-2', 'vu2022-extra-gain', 'vu2022-extra-parts'),
+             figures=('vu2022-extra-training',),
              models=(('backbone', 'clip'), ('translator', 'marian'))),
     Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-FT (Fukatsu & Aono 2022)',
-             tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3', 'fukatsu2022-table-4',
-                     'fukatsu2022-extra-alpha', 'fukatsu2022-extra-seeds', 'fukatsu2022-extra-splits', 'fukatsu2022-extra-options'),
-             figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3', 'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
+             tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3',
+                     'fukatsu2022-table-4',
+                     'fukatsu2022-extra-alpha', 'fukatsu2022-extra-seeds', 'fukatsu2022-extra-splits',
+                     'fukatsu2022-extra-options'),
+             figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3',
+                      'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
              models=(('backbone', 'clip'), ('translator', 'marian'))),
     Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
-             models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'), ('extra_image', 'encoder'), ('translator', 'marian'))),
-    Notebook('15_dual_softmax', 'galanopoulos2022', 'Dual softmax and one-to-one matching (Galanopoulos & Mezaris 2022)',
-             tables=('galanopoulos2022-table-1a', 'galanopoulos2022-table-1b', 'galanopoulos2022-extra-tests', 'galanopoulos2022-extra-pool', 'galanopoulos2022-extra-broken',
+             models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'),
+                     ('extra_image', 'encoder'), ('translator', 'marian'))),
+    Notebook('15_dual_softmax', 'galanopoulos2022',
+             'Dual softmax and one-to-one matching (Galanopoulos & Mezaris 2022)',
+             tables=('galanopoulos2022-table-1a', 'galanopoulos2022-table-1b', 'galanopoulos2022-extra-tests',
+                     'galanopoulos2022-extra-pool', 'galanopoulos2022-extra-broken',
                      'galanopoulos2022-extra-fusion'),
              figures=('galanopoulos2022-extra-temperature',), after=('14_txv',),
              models=(('backbone', 'clip'), ('second', 'clip'), ('translator', 'marian'))),
@@ -70,17 +83,21 @@ PAPERS = MappingProxyType({
     'fukatsu2022': 'Fukatsu & Aono 2022, WISE-FT',
     'zhang2022': 'Zhang et al. 2022, nine CLIP backbones',
 })
-STUDY_TABLES = ('liang2021-table-1', 'vu2022-table-1', 'vu2022-table-2', 'galanopoulos2022-table-1a', 'galanopoulos2022-table-1b',
+STUDY_TABLES = ('liang2021-table-1', 'vu2022-table-1', 'vu2022-table-2', 'galanopoulos2022-table-1a',
+                'galanopoulos2022-table-1b',
                 'fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3', 'fukatsu2022-table-4',
                 'zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3')
-STUDY_FIGURES = ('liang2021-figure-1', 'liang2021-figure-2', 'fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3')
+STUDY_FIGURES = ('liang2021-figure-1', 'liang2021-figure-2', 'fukatsu2022-figure-1', 'fukatsu2022-figure-2',
+                 'fukatsu2022-figure-3')
 
 # %% ../../nbs/study/06_registry.ipynb #paper-layout
-PAPER_LAYOUT = MappingProxyType({paper: 'newsimages2021' if paper == 'liang2021' else 'newsimages2022' for paper in PAPERS})
+PAPER_LAYOUT = MappingProxyType({paper: 'newsimages2021' if paper == 'liang2021' else 'newsimages2022'
+                                 for paper in PAPERS})
 
 # %% ../../nbs/study/06_registry.ipynb #published
 @cache
-def published_numbers() -> Mapping[str, Mapping[tuple[str, str, str, str], float]]:  # table -> (dataset, split, run, metric) -> value
+def published_numbers() -> Mapping[str, Mapping[tuple[str, str, str, str],
+                                                float]]:  # table -> (dataset, split, run, metric) -> value
     "Every number of the papers' tables, fractions in [0, 1] where the unit allows it."
     tables = {}
     with (PACKAGE/'study'/'published.csv').open(encoding='utf-8', newline='') as file:
@@ -97,7 +114,8 @@ def published_table(name: str  # e.g. 'zhang2022-table-2'
 
 # %% ../../nbs/study/06_registry.ipynb #notebook-named
 @cache
-def notebook_named(name: str) -> Notebook:
+def notebook_named(name: str  # such as '11_clip_sweep'
+                  ) -> Notebook:
     "The registry's entry called `name`; raises `InputError` naming those there are."
     for notebook in NOTEBOOKS:
         if notebook.name == name: return notebook
@@ -111,31 +129,37 @@ _CHOICE = re.compile(r'\bone of ([\w, -]+)$')
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of a notebook."
-    name: str
+    name: str  # as it is set
     kind: str  # 'str', 'int', 'float' or 'bool'
-    default: Any
+    default: Any  # of the type `kind`
     help: str  # its comment
 
-    def allows(self, number: float) -> bool:
+    def allows(self,
+               number: float  # in question
+              ) -> bool:
         "Whether `number` lies in the range that the comment states."
         left, low, high, right = _RANGE.search(self.help).groups()
-        above, below = (number >= float(low) if left == '[' else number > float(low)), (number <= float(high) if right == ']' else number < float(high))
+        above = number >= float(low) if left == '[' else number > float(low)
+        below = number <= float(high) if right == ']' else number < float(high)
         return math.isfinite(number) and above and below
 
 # %% ../../nbs/study/06_registry.ipynb #parse-parameters
 def parse_parameters(source: str  # source of the cell tagged `parameters`
                     ) -> dict[str, Parameter]:
-    "Parameters declared as `name: type = literal  # help`, in their order; raises `InputError` naming the line that is none."
+    "Parameters declared as `name: type = literal  # help`; raises `InputError` naming the line that is none."
     try:
         tokens, body = list(tokenize.generate_tokens(io.StringIO(source).readline)), ast.parse(source).body
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError) as error:
         raise InputError(f'parameters: not Python ({error})') from None
-    comments = {token.start[0]: token.string.lstrip('# ').strip() for token in tokens if token.type == tokenize.COMMENT}
+    comments = {token.start[0]: token.string.lstrip('# ').strip() for token in tokens
+                if token.type == tokenize.COMMENT}
     found = {}
     for node in body:
         try: name, kind, value = node.target.id, node.annotation.id, ast.literal_eval(node.value)
-        except (AttributeError, ValueError, TypeError, RecursionError, MemoryError): name, kind, value = '', '', None
-        if type(value) is not KINDS.get(kind): raise InputError(f'line {node.lineno} is no `name: type = value  # help`')
+        except (AttributeError, ValueError, TypeError, RecursionError, MemoryError):
+            name, kind, value = '', '', None
+        if type(value) is not KINDS.get(kind):
+            raise InputError(f'line {node.lineno} is no `name: type = value  # help`')
         found[name] = Parameter(name, kind, value, comments.get(node.end_lineno, ''))
     return found
 
@@ -146,14 +170,16 @@ def notebook_parameters(path: Path  # a notebook
     "Parameters of the notebook at `path`; raises `InputError` where it cannot be read."
     try:
         cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-        tagged = [''.join(cell['source']) for cell in cells if 'parameters' in cell['metadata'].get('tags', [])]
+        tagged = [''.join(cell['source']) for cell in cells
+                  if 'parameters' in cell['metadata'].get('tags', [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f'{path}: not a readable notebook ({type(error).__name__}: {error})') from None
     return MappingProxyType(parse_parameters(tagged[0]) if tagged else {})
 
 # %% ../../nbs/study/06_registry.ipynb #check-value
 def read_numbers(text: str,  # numbers separated by commas
-                 kind: type = float) -> list:
+                 kind: type = float  # of each number, int or float
+                ) -> list:
     "The numbers, ascending; raises `ValueError` for anything else."
     found = [kind(part) for part in text.split(',') if part.strip()]
     if sorted(set(found)) != found: raise ValueError(text)
@@ -169,32 +195,39 @@ def _fits(parameter: Parameter, value: Any) -> bool:
 
 # %% ../../nbs/study/06_registry.ipynb #check-value-check-value
 def check_value(notebook: str,  # named in the message
-                parameter: Parameter, value: Any) -> Any:
+                parameter: Parameter,  # which one
+                value: Any  # given for it
+               ) -> Any:
     "`value` if it has the type of `parameter` and is among what its comment allows, else `InputError`."
-    kind = KINDS[parameter.kind]
+    kind, given = KINDS[parameter.kind], f'{notebook}.{parameter.name}={value!r}'
     if kind is float and type(value) is int: value = float(value)
-    if type(value) is not kind: raise InputError(f'{notebook}.{parameter.name}={value!r}: expected {parameter.kind}, for instance {parameter.default!r}')
+    if type(value) is not kind:
+        raise InputError(f'{given}: expected {parameter.kind}, for instance {parameter.default!r}')
     if _fits(parameter, value): return value
     wanted = (_CHOICE.search(parameter.help) or _RANGE.search(parameter.help))[0]
-    numbers = ', ascending and separated by commas' if parameter.kind == 'str' and wanted.startswith('in ') else ''
-    raise InputError(f"{notebook}.{parameter.name}={value!r}: must be {'numbers '*bool(numbers)}{wanted}{numbers}")
+    if parameter.kind == 'str' and wanted.startswith('in '):
+        raise InputError(f'{given}: must be numbers {wanted}, ascending and separated by commas')
+    raise InputError(f'{given}: must be {wanted}')
 
 # %% ../../nbs/study/06_registry.ipynb #profiles
 PROFILES = ('mini', 'paper')
 CORE = ('profile', 'data', 'device', 'seed', 'out_dir', 'weights')
 
-def check_device(device: str) -> str:
-    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`. Whether the GPU is there, `resolve_device` says."
+def check_device(device: str  # as given
+                ) -> str:
+    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`; `resolve_device` says whether it is there."
     if re.fullmatch(r'auto|cpu|cuda(:\d+)?', device): return device
     raise InputError(f"device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
-def resolve_device(device: str) -> str:
-    "The device torch is to use: `auto` is the GPU where there is one. Raises `InputError` where the GPU asked for is absent."
+def resolve_device(device: str  # as `check_device` allows
+                  ) -> str:
+    "The device torch is to use; `auto`: the GPU where there is one. Raises `InputError` where one asked for is absent."
     import torch
     if check_device(device) == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     index = int(device.partition(':')[2] or 0)
     if device.startswith('cuda') and index >= torch.cuda.device_count():
-        raise InputError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPU(s) here; use 'auto' or 'cpu'")
+        seen = torch.cuda.device_count()
+        raise InputError(f"device {device!r}: torch sees {seen} GPU(s) here; use 'auto' or 'cpu'")
     return device
 
 # %% ../../nbs/study/06_registry.ipynb #departures
@@ -222,21 +255,27 @@ class Choice:
     effect: str = 'not measured'  # what came of it where it was measured, and where that stands
 
     def __post_init__(self):
-        if self.kind not in CHOICE_KINDS: raise ValueError(f'{self.what}: {self.kind!r} is none of {CHOICE_KINDS}')
+        if self.kind not in CHOICE_KINDS:
+            raise ValueError(f'{self.what}: {self.kind!r} is none of {CHOICE_KINDS}')
 
 def choices_table(choices: Sequence[Choice]  # of one paper
                  ):  # a DataFrame, a row a choice
     "The choices as a table, stated ones first."
     import pandas as pd
-    return pd.DataFrame(sorted(choices, key=lambda choice: CHOICE_KINDS.index(choice.kind)))[['kind', 'what', 'paper', 'ours', 'effect']]
+    return pd.DataFrame(sorted(choices, key=lambda choice: CHOICE_KINDS.index(choice.kind)))[['kind', 'what',
+                                                                                              'paper', 'ours',
+                                                                                              'effect']]
 
 # %% ../../nbs/study/06_registry.ipynb #command-line
-def command_line(notebook: Notebook, declared: Mapping[str, Parameter],
+def command_line(notebook: Notebook,  # that is run
+                 declared: Mapping[str, Parameter],  # its parameters
                  values: Mapping[str, Any]  # as run
                 ) -> str:
     "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into a shell."
-    changed = {name: value for name, value in values.items() if name != 'out_dir' and value != declared[name].default}
+    changed = {name: value for name, value in values.items()
+               if name != 'out_dir' and value != declared[name].default}
     words = ['newsrepro', 'reproduce', '--only', notebook.name]
     for name in ('profile', 'data', 'device', 'weights'):
         if name in changed: words += [f'--{name}', str(changed.pop(name))]
-    return shlex.join([*words, *(word for name, value in changed.items() for word in ('--set', f'{notebook.name}.{name}={value}'))])
+    return shlex.join([*words, *(word for name, value in changed.items()
+                                 for word in ('--set', f'{notebook.name}.{name}={value}'))])

@@ -26,21 +26,24 @@ from ..core.base import PACKAGE, InputError, atomic_path, cache_dir, notebooks_d
 from ..data.collection import Collection, read_collection
 from ..ranking.metrics import confidence_intervals, measure
 from ..models.embed import EmbeddingStore
-from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line, notebook_named,
-                                      notebook_parameters, parameter_departures, published_table, resolve_device)
-from ..text.language import MarianTranslator, TableTranslator, TranslationMemory, english, find_translator
+from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line,
+                                      notebook_named,
+                                      notebook_parameters, parameter_departures, published_table,
+                                      resolve_device)
+from ..text.language import (MarianTranslator, TableTranslator, TranslationMemory, english,
+                                     find_translator)
 from ..ranking.runs import write_run
 
 # %% ../../nbs/study/06a_study.ipynb #settings
 @dataclass(frozen=True)
 class Settings:
     "What one execution of a notebook was asked to do; every result is stamped from it."
-    notebook: Notebook
-    profile: str
+    notebook: Notebook  # the registry's entry
+    profile: str  # 'mini' or 'paper'
     data: str  # 'mini' or a folder
     device: str  # resolved: 'cpu', 'cuda' or 'cuda:N'
-    seed: int
-    out_dir: Path
+    seed: int  # of whatever is drawn
+    out_dir: Path  # under which all results go
     weights: Path | None  # folder searched first for checkpoints
     parameters: Mapping[str, Any] = field(default_factory=dict)  # the method's own
     command: str = ''  # the line that runs this again
@@ -50,7 +53,7 @@ class Settings:
 def settings(notebook: str,  # name, as in the registry
              given: Mapping[str, Any]  # the notebook's `globals()`, or any values by name
             ) -> Settings:
-    "Check every declared parameter and freeze them; raises `InputError` on the first that is wrong or absent."
+    "Every declared parameter, checked and frozen; raises `InputError` on the first that is wrong or absent."
     entry = notebook_named(notebook)
     declared = notebook_parameters(notebooks_dir()/f'{notebook}.ipynb')
     absent = [name for name in declared if name not in given]
@@ -63,14 +66,16 @@ def settings(notebook: str,  # name, as in the registry
     own = {name: value for name, value in values.items() if name not in CORE}
     out_dir = Path(values['out_dir'] or tempfile.mkdtemp(prefix='newsrepro-'))
     return Settings(entry, profile, data, resolve_device(values['device']), values['seed'], out_dir,
-                    Path(weights) if weights else None, MappingProxyType(own), command_line(entry, declared, values),
+                    Path(weights) if weights else None, MappingProxyType(own),
+                    command_line(entry, declared, values),
                     parameter_departures(entry, declared, values))
 
 # %% ../../nbs/study/06a_study.ipynb #resolve-data
 def mini_root() -> Path:
-    "Folder of the generated mini collections; made on first use, under a name that changes with the generator."
+    "Folder of the mini collections; made on first use, under a name that changes with the generator."
     from newsrepro.mini import collections as mini
-    source = b''.join(path.read_bytes() for path in sorted((PACKAGE/'mini').iterdir()) if path.suffix in ('.py', '.json'))
+    source = b''.join(path.read_bytes() for path in sorted((PACKAGE/'mini').iterdir())
+                      if path.suffix in ('.py', '.json'))
     return mini.make_mini(cache_dir()/f'mini-{hashlib.sha256(source).hexdigest()[:10]}')
 
 def resolve_data(data: str,  # 'mini' or a folder in one of the official layouts
@@ -88,7 +93,7 @@ class Sources:
     collection: Collection  # of the paper's layout, as it is on disk
     usable: Collection  # its articles that have text and a picture that can be read
     dropped: Mapping[str, int]  # why articles are not usable, and how many
-    translator: MarianTranslator | TableTranslator | None  # of German; None where nothing is to be translated here
+    translator: MarianTranslator | TableTranslator | None  # of German; None: nothing is to be translated here
     asked: str  # the parameter `translator`
     store: EmbeddingStore  # of what was encoded before
 
@@ -105,28 +110,36 @@ class Sources:
 # %% ../../nbs/study/06a_study.ipynb #open-sources
 def open_sources(s: Settings  # of a notebook with a parameter `translator`
                 ) -> Sources:
-    "Find the translator, read the paper's collection, say in a line what was read; raises `InputError` for what is not there."
+    "Translator and collection, and a line that says what was read; raises `InputError` for what is not there."
     asked = s.parameters['translator']
     memory = TranslationMemory(cache_dir()/'translations.sqlite')
-    translator = find_translator(asked, s.profile, memory, s.weights, s.device)  # before the minutes that reading takes
+    translator = find_translator(asked, s.profile, memory, s.weights,
+                                 s.device)  # before the minutes that reading takes
     collection = read_collection(resolve_data(s.data, PAPER_LAYOUT[s.notebook.paper]))
     usable, dropped = collection.usable()
-    sources = Sources(collection, usable, dropped, translator, asked, EmbeddingStore(cache_dir()/'embeddings'))
-    print(f'{collection.layout} {collection.fingerprint[:12]}: {len(collection.articles)} articles, {len(collection.images)} images; '
+    sources = Sources(collection, usable, dropped, translator, asked,
+                      EmbeddingStore(cache_dir()/'embeddings'))
+    counts = f'{len(collection.articles)} articles, {len(collection.images)} images'
+    print(f'{collection.layout} {collection.fingerprint[:12]}: {counts}; '
           f'dropped {dropped}; translator {sources.translation}')
     return sources
 
 # %% ../../nbs/study/06a_study.ipynb #write-provenance
-def write_provenance(s: Settings, collection: Collection,
+def write_provenance(s: Settings,  # of the notebook
+                     collection: Collection,  # as opened
                      checkpoints: Mapping[str, str],  # run -> fingerprint of the checkpoint that made it
                      **more  # whatever else the notebook wants recorded, JSON-ready
                     ) -> Path:
     "Write `provenance/<notebook>.json`: settings, data and checkpoints of this execution."
-    record = dict(notebook=s.notebook.name, profile=s.profile, device=s.device, seed=s.seed, parameters=dict(s.parameters),
-                  data=dict(name=collection.name, layout=collection.layout, fingerprint=collection.fingerprint, source='mini' if s.data == 'mini' else 'folder'),
+    record = dict(notebook=s.notebook.name, profile=s.profile, device=s.device, seed=s.seed,
+                  parameters=dict(s.parameters),
+                  data=dict(name=collection.name, layout=collection.layout,
+                            fingerprint=collection.fingerprint,
+                            source='mini' if s.data == 'mini' else 'folder'),
                   checkpoints=dict(checkpoints), commit=source_commit(), command=s.command, **more)
     target = s.out_dir/'provenance'/f'{s.notebook.name}.json'
-    with atomic_path(target) as part: part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    with atomic_path(target) as part:
+        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return target
 
 # %% ../../nbs/study/06a_study.ipynb #comparable
@@ -142,7 +155,8 @@ def departures_of(s: Settings,  # of the notebook
     layout = PAPER_LAYOUT[s.notebook.paper]
     sizes = collection.articles.query("split == 'test'").dataset.value_counts().to_dict()
     found = [] if s.profile == 'paper' else [f'{s.profile} profile']
-    if collection.layout != layout or sizes != OFFICIAL_TEST_SIZES[layout]: found.append(f'data {collection.name}')
+    if collection.layout != layout or sizes != OFFICIAL_TEST_SIZES[layout]:
+        found.append(f'data {collection.name}')
     return found + list(s.departures)
 
 def is_papers(s: Settings, collection: Collection) -> bool: return not departures_of(s, collection)
@@ -156,17 +170,21 @@ def tidy_table(s: Settings, name: str,  # table, e.g. 'zhang2022-table-2'
                collection: Collection,  # that the rows were made from
                comparable: bool  # every setting is the paper's
               ) -> pd.DataFrame:  # `COLUMNS`
-    "Rows stamped with their settings, and with the published numbers where these are comparable; no rows, an empty table."
+    "Rows stamped with their settings, with the published numbers where comparable; no rows, an empty table."
     table = pd.DataFrame(rows, columns=None if rows else ['dataset', 'split', 'run', 'metric', 'value'])
     reference = published_table(name) if comparable else {}
-    table['published'] = [reference.get(key, float('nan')) for key in zip(table.dataset, table.split, table.run, table.metric)]
+    table['published'] = [reference.get(key, float('nan'))
+                          for key in zip(table.dataset, table.split, table.run, table.metric)]
     table['difference'] = table.value - table.published
-    stamp = dict(profile=s.profile, data=f'{collection.name}:{collection.fingerprint[:12]}', seed=s.seed, commit=source_commit())
+    stamp = dict(profile=s.profile, data=f'{collection.name}:{collection.fingerprint[:12]}', seed=s.seed,
+                 commit=source_commit())
     return table.assign(**stamp).reindex(columns=COLUMNS)
 
 # %% ../../nbs/study/06a_study.ipynb #measure-rows
 def measure_rows(ranks: np.ndarray,  # (n,) 1-based rank of the truth, 0 = not among the first 100
-                 metrics: Sequence[str] | Mapping[str, str],  # measures of `newsrepro.ranking.metrics`, or the table's word -> measure
+                 metrics: Sequence[str]
+                 | Mapping[str,
+                           str],  # measures of `newsrepro.ranking.metrics`, or the table's word -> measure
                  seed: int = 0,  # seed of the bootstrap
                  **labels  # dataset, split, run, checkpoint
                 ) -> list[dict]:
@@ -175,7 +193,8 @@ def measure_rows(ranks: np.ndarray,  # (n,) 1-based rank of the truth, 0 = not a
     intervals = confidence_intervals(ranks, tuple(names.values()), seed=seed)
     def row(metric: str, name: str) -> dict:
         low, high = intervals[name]
-        return dict(metric=metric, value=float(measure(ranks, name).mean()), ci_low=low, ci_high=high, n=len(ranks))
+        return dict(metric=metric, value=float(measure(ranks, name).mean()), ci_low=low, ci_high=high,
+                    n=len(ranks))
     return [labels | row(metric, name) for metric, name in names.items()]
 
 # %% ../../nbs/study/06a_study.ipynb #markdown
@@ -187,7 +206,8 @@ def _cell(row: pd.Series) -> str:
     return f"{row['value']:.4f}{interval}"
 
 def markdown_table(table: pd.DataFrame,  # as `tidy_table` returns
-                   name: str) -> str:
+                   name: str  # of the table, for its published numbers
+                  ) -> str:
     "One line a run, one pair of columns a metric: computed with its 95 % interval, published."
     reference, lines = published_table(name), []
     several = len(set(zip(table.dataset, table.split))) > 1
@@ -195,7 +215,9 @@ def markdown_table(table: pd.DataFrame,  # as `tidy_table` returns
         line = ({'set': f'{key[0]}, {key[1]}'} if several else {}) | {'run': key[2]}
         for _, row in group.iterrows():
             line[row['metric']] = _cell(row)
-            if reference: line[f"{row['metric']} published †"] = _published(reference.get((*key, row['metric'])), row['metric'])
+            if reference:
+                line[f"{row['metric']} published †"] = _published(reference.get((*key, row['metric'])),
+                                                                  row['metric'])
         lines.append(line)
     return _pipe_table(pd.DataFrame(lines).fillna(''))
 
@@ -222,7 +244,8 @@ def dagger_note(departures: Sequence[str]  # from the paper's settings
                ) -> str:
     "What the published column means under these settings."
     if not departures: return '† As published; the difference stands in the CSV.'
-    return f"† As published. **These are not the paper's settings** ({'; '.join(departures)}), and no difference is formed."
+    named = '; '.join(departures)
+    return f"† As published. **These are not the paper's settings** ({named}), and no difference is formed."
 
 # %% ../../nbs/study/06a_study.ipynb #table-note-table-note
 def table_note(s: Settings,  # of the notebook
@@ -230,7 +253,7 @@ def table_note(s: Settings,  # of the notebook
                table: pd.DataFrame,  # as `tidy_table` returns, with a row at least
                departures: Sequence[str]  # from the paper's settings
               ) -> str:
-    "Markdown under a table: the meaning of the published column, provenance, the command that makes it again."
+    "Markdown under a table: what the published column means, provenance, the command that makes it again."
     first, checkpoints = table.iloc[0], checkpoints_note(table)
     made_by = [f'Profile {s.profile}', f'data {first.data}', f'seed {s.seed}', f'commit {first.commit}']
     if checkpoints: made_by.append(f'checkpoints {checkpoints}')
@@ -245,14 +268,16 @@ def write_table(s: Settings,  # of the notebook
                 caption: str,  # one sentence: what is measured, on what
                 departures: Sequence[str] = ()  # from the paper's settings, beyond those of `departures_of`
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv` and `.md`; returns the tidy table. Raises `ValueError` for a table that the registry does not know."
+    "Write `tables/<name>.csv` and `.md`; returns the tidy table. Raises `ValueError` for a table not in the registry."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
     if isinstance(departures, bool): departures = ()
     departures = [*departures_of(s, collection), *departures]
     table = tidy_table(s, name, rows, collection, not departures)
     if not rows: return table
-    with atomic_path(s.out_dir/'tables'/f'{name}.csv') as part: table.to_csv(part, index=False, lineterminator='\n')
-    text = f'**{name}.** {caption}\n\n{markdown_table(table, name)}\n\n{table_note(s, name, table, departures)}\n'
+    with atomic_path(s.out_dir/'tables'/f'{name}.csv') as part:
+        table.to_csv(part, index=False, lineterminator='\n')
+    note = table_note(s, name, table, departures)
+    text = f'**{name}.** {caption}\n\n{markdown_table(table, name)}\n\n{note}\n'
     with atomic_path(s.out_dir/'tables'/f'{name}.md') as part: part.write_text(text, encoding='utf-8')
     return table
 
@@ -262,7 +287,8 @@ _UNFIT = re.compile(r'^(?:con|prn|aux|nul|com\d|lpt\d)\.|^\.+|[^\w.+-]+', re.I)
 
 def _mark(name: str) -> str: return hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
 
-def _file_part(name: str, most: int = 100) -> str:  # so many bytes, and a mark where `name` is not fit as it is
+def _file_part(name: str,
+               most: int = 100) -> str:  # so many bytes, and a mark where `name` is not fit as it is
     plain = _UNFIT.sub('-', name).encode('utf-8', 'replace')[:most].decode('utf-8', 'ignore')
     return plain if plain == name else f'{plain}-{_mark(name)}'
 
@@ -303,7 +329,8 @@ def write_figure(s: Settings,  # of the notebook
     with matplotlib.rc_context({'svg.hashsalt': name}):
         for path, undated in files.items():
             with atomic_path(path) as part:
-                figure.savefig(part, format=path.suffix[1:], metadata=undated | {'Description': alt}, **options)
+                figure.savefig(part, format=path.suffix[1:], metadata=undated | {'Description': alt},
+                               **options)
     return target
 
 # %% ../../nbs/study/06a_study.ipynb #draw-curve

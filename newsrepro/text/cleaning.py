@@ -42,7 +42,7 @@ def _pattern(*kinds: str, flags=regex.V1) -> regex.Pattern:
 _TOKEN = _pattern(*KINDS)
 
 # %% ../../nbs/text/01a_cleaning.ipynb #on-words
-def on_words(text: str,
+def on_words(text: str,  # a tweet or a sentence
              f: Callable[[str], str],  # Latin-script word (in composed form, NFC) -> what stands in its place
              joined: bool = True  # also words tied to a neighbour, as in u-turn, R&B
             ) -> str:

@@ -218,7 +218,7 @@ def longest_input(folder: Path  # of a Marian model
 def may_exceed(text: str,  # any text
                tokens: int  # of the longest input
               ) -> bool:
-    "Whether `text` may have more tokens: each is a character or more, in compatible form; one is the start's."
+    "Whether `text` may have more tokens: each is a character or more, in compatible form; one is the start."
     return len(normalize('NFKC', text)) >= tokens
 
 def tell_cut(name: str,  # of the translator
@@ -248,7 +248,9 @@ class MarianTranslator:
 
     @cached_property
     def longest(self) -> int: return longest_input(self.folder)
-    def count(self, text: str) -> int: return len(self.marian[1].tokenize(text))
+    def count(self,
+              text: str  # in German
+             ) -> int: return len(self.marian[1].tokenize(text))
 
 # %% ../../nbs/text/01_language.ipynb #pieces
 _LETTER = re.compile(r'[^\W\d_]')
@@ -259,8 +261,10 @@ def pieces(self: MarianTranslator,
           ) -> list[list[str]]:  # pieces of each paragraph
     "What of `text` is translated at once."
     def fitting(sentence):
-        return windows(sentence, self.count, self.longest) if may_exceed(sentence, self.longest) else [sentence]
-    return [[piece for sentence in sentences(part, 'de') for piece in fitting(sentence)] for part in paragraphs(text)]
+        return windows(sentence, self.count, self.longest) if may_exceed(sentence,
+                                                                         self.longest) else [sentence]
+    return [[piece for sentence in sentences(part, 'de') for piece in fitting(sentence)]
+            for part in paragraphs(text)]
 
 @patch
 def known_pieces(self: MarianTranslator,
@@ -269,7 +273,8 @@ def known_pieces(self: MarianTranslator,
                 ) -> dict[str, str]:  # piece -> English
     "Pieces from the memory, the others translated and kept there; what has no letter stays as it is."
     from tqdm import tqdm
-    found = self.memory.find(self.label, pieces) | {piece: piece for piece in pieces if not _LETTER.search(piece)}
+    found = self.memory.find(self.label,
+                             pieces) | {piece: piece for piece in pieces if not _LETTER.search(piece)}
     lacking = [piece for piece in pieces if piece not in found]
     if not lacking: return found
     with tqdm(total=len(lacking), unit='sentence', disable=not progress) as bar:
@@ -300,7 +305,7 @@ def __call__(self: MarianTranslator,
 @dataclass(frozen=True)
 class TableTranslator:
     "Translations that somebody else made, from a table with the columns `text` and `translation`."
-    path: Path
+    path: Path  # of the table
 
     @cached_property
     def table(self) -> dict[str, str]: return read_translations(self.path)
