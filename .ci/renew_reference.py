@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from newsrepro.core.base import read_json, reference_dir, write_json
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.study.needs import facts_of, work_of
 from newsrepro.study.registry import NOTEBOOKS, PAPER_LAYOUT
 from newsrepro.study.report import write_report

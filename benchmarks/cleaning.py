@@ -19,7 +19,7 @@ def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
 
 
 def read_texts(folder: str) -> list[str]:
-    from newsrepro.data.collection import read_collection
+    from newsrepro.data.layouts import read_collection
     from newsrepro.study.study import resolve_data
     articles = read_collection(resolve_data(folder, 'newsimages2021')).articles
     return (articles.title + ' ' + articles.text).tolist()

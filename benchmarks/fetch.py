@@ -76,7 +76,8 @@ def child(kind, urls, folder, jobs):
         asyncio.run(plain(urls, folder, jobs))
     else:
         import httpx
-        from newsrepro.data.fetch import Download, FetchSettings, Target, download_all, fetch_images
+        from newsrepro.data.fetch import Download, Target, download_all, fetch_images
+        from newsrepro.data.fetch_settings import FetchSettings
         settings = FetchSettings(jobs=jobs, per_host=jobs, allow_private=True)
         if kind == 'fetch_images':
             with open(folder/'articles.csv', 'w', newline='') as file:

@@ -129,7 +129,7 @@ def table_seeds() -> list[bytes]:
 
 
 def read_any_table(path: Path):
-    from newsrepro.data.collection import read_table
+    from newsrepro.data.tables import read_table
     return read_table(path)
 
 
@@ -193,7 +193,7 @@ def picture_seeds() -> list[bytes]:
 
 
 def read_picture(path: Path):
-    from newsrepro.data.collection import open_image
+    from newsrepro.data.pictures import open_image
     return open_image(path)
 
 
@@ -218,7 +218,7 @@ def collection_seeds() -> list[bytes]:
 
 
 def read_whole_collection(path: Path):
-    from newsrepro.data.collection import check_data, read_collection
+    from newsrepro.data.layouts import check_data, read_collection
     folder = path.parent if path.parent.name != 'images' else path.parent.parent
     return read_collection(folder), check_data(folder)
 
@@ -250,7 +250,7 @@ def weight_seeds() -> list[bytes]:
 
 
 def read_checkpoint(path: Path):
-    from newsrepro.models.embed import read_weights
+    from newsrepro.models.weights import read_weights
     return read_weights(path)
 
 

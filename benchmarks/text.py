@@ -11,9 +11,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.study.study import resolve_data
-from newsrepro.text.language import SELECTIONS, TranslationMemory, detect_languages, find_translator, paragraphs, select, sentences
+from newsrepro.text.language import (SELECTIONS, TranslationMemory, detect_languages, find_translator,
+                                     paragraphs, select, sentences)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('folder', nargs='?', default='mini')

@@ -18,8 +18,9 @@ import torch
 from open_clip.loss import ClipLoss
 
 from newsrepro.core.checkpoints import find_backbone
-from newsrepro.models.embed import build_model
-from newsrepro.models.train import Pairs, Recipe, batch_stream, make_optimiser, normaliser, optimise, set_modes
+from newsrepro.models.loader import build_model
+from newsrepro.models.train import (Pairs, Recipe, batch_stream, make_optimiser, normaliser, optimise,
+                                    set_modes)
 
 B32 = find_backbone('ViT-B/32', 'paper')
 NORMALISE = normaliser(B32)

@@ -8,7 +8,7 @@ from importlib import import_module
 _HOMES = {
     'core.base': ('InputError',),
     'core.checkpoints': ('find_backbone',),
-    'data.collection': ('read_collection', 'check_data'),
+    'data.layouts': ('read_collection', 'check_data'),
     'data.fetch': ('fetch_images',),
     'models.embed': ('load_encoder', 'EmbeddingStore', 'embed'),
     'ranking.metrics': ('rank_of_truth', 'summarise'),

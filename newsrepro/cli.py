@@ -164,7 +164,7 @@ def list_notebooks(
     target.print(f"results in {found['out']}", soft_wrap=True, markup=False)
 
 # %% ../nbs/30_cli.ipynb #check-data
-def count_rows(splits: Mapping[str, Mapping]  # of `newsrepro.data.collection.check_data`
+def count_rows(splits: Mapping[str, Mapping]  # of `newsrepro.data.layouts.check_data`
               ) -> list[tuple[str, str, dict[str, int]]]:  # set, part, counts by name
     "One row a set and part, and one for all sets of a part where there are several."
     rows = []
@@ -179,7 +179,7 @@ def check_data(
     as_json: JSON = False,
 ) -> None:
     "What a collection holds: layout, counts per split, and everything wrong with it."
-    from newsrepro.data.collection import check_data
+    from newsrepro.data.layouts import check_data
     found = check_data(folder)
     if as_json: return print_json(found)
     target = console()

@@ -12,10 +12,10 @@ import regex
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from newsrepro.text import cleaning
-from newsrepro.text.cleaning import (KINDS, PAPER_ORDER, PRESETS, SENSIBLE_ORDER, SLANG, STEPS, TWEET_STEPS, clean,
-                                clean_all, parse_steps)
+from newsrepro.text.cleaning import (KINDS, PAPER_ORDER, PRESETS, SENSIBLE_ORDER, SLANG, STEPS, TWEET_STEPS,
+                                     clean, clean_all, parse_steps)
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 
 
 FAMILY, SKIN, FLAG, KEYCAP, ENGLAND, RAINBOW = '👨‍👩‍👧‍👦', '👍🏽', '🇩🇪', '1️⃣', '🏴󠁧󠁢󠁥󠁮󠁧󠁿', '🏳️‍🌈'

@@ -9,8 +9,10 @@ import ftfy  # noqa: F401, registers the codec sloppy-windows-1252
 from PIL import Image
 
 from newsrepro.core.base import InputError, atomic_path
-from newsrepro.data.collection import (ZHANG_SAMPLE, check_data, chronological_split, open_image, parse_dates,
-                            random_split, read_collection, read_table, repair_mojibake, sample_pairs)
+from newsrepro.data.layouts import check_data, read_collection
+from newsrepro.data.pictures import open_image
+from newsrepro.data.splits import ZHANG_SAMPLE, chronological_split, random_split, sample_pairs
+from newsrepro.data.tables import parse_dates, read_table, repair_mojibake
 
 pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
 OFFICIAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'newsimages2021'
@@ -169,7 +171,7 @@ def test_latin_1_would_not_do():
 
 @official
 def test_check_data_of_the_official_release():
-    code = "import json; from newsrepro.data.collection import check_data; print(json.dumps(check_data('DIR')))".replace('DIR', str(OFFICIAL))
+    code = "import json; from newsrepro.data.layouts import check_data; print(json.dumps(check_data('DIR')))".replace('DIR', str(OFFICIAL))
     said = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout)
     assert said['layout'] == 'newsimages2021'
     for split, n in dict(train=7530, test=1915).items():

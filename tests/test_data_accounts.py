@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import check_data, read_collection
+from newsrepro.data.layouts import check_data, read_collection
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 TITLES = ['Flood in the valley', '"Nobody leaves', '"We can do it" says Merkel', 'He said "no"', 'Grüße aus Köln – „schön“', 'a, b; c',

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from newsrepro.core.base import InputError
-from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, holm, marked, named,
-                                            with_distractors, without_images)
+from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, holm, marked,
+                                            named, with_distractors, without_images)
 from newsrepro.ranking.metrics import rank_of_truth
 from newsrepro.ranking.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
 from newsrepro.ranking.pool import Pool, column_ranks, ranks_by_score, scored_lists

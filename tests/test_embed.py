@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from newsrepro.core.checkpoints import PAPER_BACKBONES, MissingCheckpoint, find_backbone
-from newsrepro.models.embed import JIT_EXTRAS, build_model, encode, load_encoder
+from newsrepro.models.encoding import encode
+from newsrepro.models.loader import build_model, load_encoder
+from newsrepro.models.weights import JIT_EXTRAS
 
 TEXTS = ['A red car waits in front of the town hall', 'Überschwemmung: 300 Häuser evakuiert', 'breaking 🔥 #news', 'word ' * 200]
 SMALL = ('RN50', 'ViT-B/32')
@@ -127,7 +129,7 @@ def test_vit_b_32_equals_transformers(tmp_path, pictures):
     missing = other.load_state_dict(as_transformers(model.state_dict(), 12), strict=False)
     assert not missing.unexpected_keys and all('position_ids' in key for key in missing.missing_keys)
     encoder = load_encoder(backbone, tmp_path)
-    from newsrepro.data.collection import open_image
+    from newsrepro.data.pictures import open_image
     pixels = torch.stack([encoder.transform(open_image(path)) for path in pictures])
     with torch.inference_mode():
         both = other(input_ids=encoder.tokenize(TEXTS), pixel_values=pixels)

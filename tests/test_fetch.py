@@ -25,9 +25,11 @@ import trustme
 from PIL import Image
 
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import check_data, read_collection
-from newsrepro.data.fetch import (COLUMNS, JOURNAL, LOCK, OUTCOMES, REPORT, Dropped, FetchSettings, PublicBackend, checked_url,
-                             fetch_images, plan, read_report, retry_after, summary, write_report)
+from newsrepro.data.layouts import check_data, read_collection
+from newsrepro.data.fetch import (COLUMNS, JOURNAL, LOCK, OUTCOMES, REPORT, Dropped, PublicBackend,
+                                  checked_url, fetch_images, plan, read_report, retry_after, summary,
+                                  write_report)
+from newsrepro.data.fetch_settings import FetchSettings
 
 QUICK = dict(timeout=1, deadline=3, retries=1, max_wait=2, allow_private=True, max_bytes=2**20)
 PUBLIC = '93.184.215.14'

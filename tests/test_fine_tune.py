@@ -17,16 +17,17 @@ from PIL import Image
 from newsrepro.methods import fine_tune as module
 from newsrepro.core.checkpoints import MissingCheckpoint, find_backbone
 from newsrepro.core.base import InputError
-from newsrepro.models.embed import load_encoder
-from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain, hold_out,
-                                 load_fine_tuned, make_recipe, model_key, news_texts, save_fine_tuned)
+from newsrepro.models.loader import load_encoder
+from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, gain,
+                                         hold_out, load_fine_tuned, make_recipe, model_key, news_texts,
+                                         save_fine_tuned)
 from newsrepro.models.train import PUBMEDCLIP, prune
 
 ENTRY = find_backbone('ViT-B/32', 'mini')
 MAKE = '''
 import torch
 from newsrepro.core.checkpoints import find_backbone
-from newsrepro.models.embed import load_encoder
+from newsrepro.models.loader import load_encoder
 from newsrepro.methods.fine_tune import fine_tune
 from newsrepro.models.train import Pairs, Recipe
 torch.set_num_threads(1)

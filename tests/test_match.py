@@ -18,12 +18,12 @@ from tqdm import tqdm
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltImageProcessorPil
 
 from newsrepro.core.base import InputError
-from newsrepro.models.match import (IGNORED, MatchRecipe, NewsPairs, alignment_loss, draw_pictures, draw_texts,
-                             load_news_pairs, mask_words, matching_loss, pad_pictures, pad_texts,
-                             retrieval_loss, right_pictures, step_loss, train_matcher, trained_matcher,
-                             validate_matching, word_loss)
-from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt, match_logits,
-                                     new_vilt, rank_pairs, save_vilt)
+from newsrepro.models.match import (IGNORED, MatchRecipe, NewsPairs, alignment_loss, draw_pictures,
+                                    draw_texts, load_news_pairs, mask_words, matching_loss, pad_pictures,
+                                    pad_texts, retrieval_loss, right_pictures, step_loss, train_matcher,
+                                    trained_matcher, validate_matching, word_loss)
+from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt,
+                                            match_logits, new_vilt, rank_pairs, save_vilt)
 from newsrepro.models.train import digest
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import read_collection
+from newsrepro.data.layouts import read_collection
 from newsrepro.mini.collections import World, caption_texts, captioned, make_mini, news, thing_names
 from newsrepro.mini.pictures import world_table
 

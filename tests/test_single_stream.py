@@ -29,8 +29,9 @@ import newsrepro.models.single_stream as stream
 from newsrepro.core.base import InputError
 from newsrepro.ranking.metrics import tie_order
 from newsrepro.ranking.runs import write_run
-from newsrepro.models.single_stream import (Effort, Journal, PictureRule, encode_pairs, load_picture, load_vilt,
-                                     matched_lists, quantised, rank_pairs, start_from_vit, untaught)
+from newsrepro.models.single_stream import (Effort, Journal, PictureRule, encode_pairs, load_picture,
+                                            load_vilt, matched_lists, quantised, rank_pairs, start_from_vit,
+                                            untaught)
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
 CHILDREN.set_forkserver_preload(['newsrepro.models.single_stream', 'newsrepro.ranking.runs', 'hypothesis', 'pytest', 'scipy.stats',

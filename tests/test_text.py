@@ -16,9 +16,10 @@ from transformers import MarianConfig, MarianMTModel
 from newsrepro.text import language as text_module
 from newsrepro.core.checkpoints import TRANSLATORS, find_model
 from newsrepro.core.base import InputError
-from newsrepro.data.collection import read_collection, repair_mojibake
-from newsrepro.text.language import (TranslationMemory, detect_languages, find_translator, load_marian, paragraphs,
-                            select, sentences, translate_batches, windows)
+from newsrepro.data.layouts import read_collection
+from newsrepro.data.tables import repair_mojibake
+from newsrepro.text.language import (TranslationMemory, detect_languages, find_translator, load_marian,
+                                     paragraphs, select, sentences, translate_batches, windows)
 
 GERMAN = ['Warum?', 'Die Bahn kommt.', 'Ein Bär!', 'Der Rhein tritt über die Ufer.', 'Die Feuerwehr rettet einen Hund aus dem Fluss.', 'Köln baut eine neue Brücke über den Rhein, sagt die Stadt.',
           'Am Montag fällt der Unterricht aus.', 'Die Bahn streicht Züge.', 'Ein Bär läuft durch den Wald.', 'Das Spiel endet ohne Tore.']

@@ -16,10 +16,10 @@ from tqdm import tqdm
 import newsrepro.models.train as training
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.core.base import InputError
-from newsrepro.models.embed import build_model
+from newsrepro.models.loader import build_model
 from newsrepro.core.threads import at_once
-from newsrepro.models.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest, encode_short,
-                             join_processes, normaliser, set_modes, train, twins)
+from newsrepro.models.train import (Pairs, Recipe, backward, batch_stream, contrastive_loss, digest,
+                                    encode_short, join_processes, normaliser, set_modes, train, twins)
 
 B32 = find_backbone('ViT-B/32', 'mini')
 NORMALISE = normaliser(B32)

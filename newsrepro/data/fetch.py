@@ -29,8 +29,8 @@ from tenacity import (AsyncRetrying, RetryCallState, retry_if_exception, stop_af
                       wait_random_exponential)
 
 from ..core.base import InputError, atomic_path, file_digest
-from .collection import (MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, open_image, picture_index,
-                            read_collection)
+from .layouts import read_collection
+from .pictures import MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, open_image, picture_index
 from .fetch_settings import FetchSettings
 
 # %% ../../nbs/data/09a_fetch.ipynb #outcomes

@@ -33,7 +33,7 @@ def check_sizes(max_bytes: int,  # of a file
                 max_pixels: int | None  # of an image; None for the most that is read
                ) -> int:  # pixels
     "Raises `InputError` for sizes that `read_collection` would not read; returns the limit of pixels."
-    from newsrepro.data.collection import MAX_BYTES, MAX_PIXELS
+    from newsrepro.data.pictures import MAX_BYTES, MAX_PIXELS
     for name, given, most in (('max_bytes', max_bytes, MAX_BYTES), ('max_pixels', max_pixels, MAX_PIXELS)):
         if given and given > most: _refuse(name, given, f'at most {most}, as larger images would not be read')
     return max_pixels or MAX_PIXELS

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.collection import Collection
-from ..models.embed import EmbeddingStore, Encoder, embed
+from ..models.loader import Encoder
+from ..models.store import EmbeddingStore, embed
 from ..ranking.pool import Pool, ranked
 
 # %% ../../nbs/methods/11_clip_sweep.ipynb #zero-shot

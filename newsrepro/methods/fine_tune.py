@@ -11,7 +11,6 @@ __all__ = ['SPLITS', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'hold_out', '
 import copy, hashlib, json, os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,14 +23,17 @@ from safetensors.torch import save_file
 from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..text.cleaning import clean_all
 from ..core.base import PACKAGE, InputError, atomic_path
-from ..data.collection import Collection, chronological_split, random_split
+from ..data.collection import Collection
+from ..data.splits import chronological_split, random_split
 from ..models.embed import Encoder, encode_batch, load_encoder, preprocessing, tokenizer
+from ..models.encoding import encode_pictures, encode_tokens
+from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..ranking.metrics import measure
 from ..ranking.pool import Pool, ranked
 from ..text.language import english, select
 from ..core.threads import threads_for
-from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, encode_short, identity, load_pairs,
-                             normaliser, prune, train)
+from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, identity, load_pairs, normaliser,
+                                    prune, train)
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #news-texts
 def news_texts(articles: pd.DataFrame,  # `title`, `text`, `lang`
@@ -116,11 +118,8 @@ def embed_pool(encoder: Encoder, pool: DecodedPool,
               ) -> tuple[np.ndarray, np.ndarray]:  # texts (n, dim), images (m, dim), unit rows
     "Embeddings of a pool's articles and images."
     normalise = normaliser(encoder.backbone)
-    by_length = pool.tokens.argmax(1).argsort(stable=True)
-    short = partial(encode_short, encoder.model)
-    texts = [encode_batch(encoder, pool.tokens[rows], batch_size, short) for rows in by_length.split(batch_size)]
-    images = [encode_batch(encoder, normalise(pixels.float()/255), batch_size) for pixels in pool.pixels.split(batch_size)]
-    return np.concatenate(texts)[by_length.argsort()], np.concatenate(images)
+    stream = lambda rows: (normalise(pixels.float()/255) for pixels in pool.pixels.split(rows))
+    return encode_tokens(encoder, pool.tokens, batch_size), encode_pictures(encoder, stream, batch_size)
 
 def search(encoder: Encoder, pool: DecodedPool,
            k: int = 100  # images a list
@@ -147,7 +146,9 @@ def save_fine_tuned(folder: Path,  # the model goes to a folder inside, called a
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #load-fine-tuned
 def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
-                    backbone: Backbone, device: str = 'cpu') -> Encoder:
+                    backbone: Backbone, device: str = 'cpu',
+                    precision: str = 'auto'  # as `load_encoder` takes it
+                   ) -> Encoder:
     "The model in `folder`, never another; raises `MissingCheckpoint`, or `InputError` for another activation or preprocessing."
     inside = Path(folder)/backbone.model
     for name in (CONFIG, WEIGHTS):
@@ -160,7 +161,7 @@ def load_fine_tuned(folder: Path,  # as `save_fine_tuned` was given it
         if differ:
             told = config.get(part, {}).get(differ[0])
             raise InputError(f'{inside/CONFIG}: {part} {differ[0]} is {told!r}, {backbone.name} has {value[differ[0]]!r}')
-    return load_encoder(backbone, Path(folder), device)
+    return load_encoder(backbone, Path(folder), device, precision)
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #model-key
 def model_key(start: Encoder, pairs: Pairs, valid: Pairs | None, recipe: Recipe) -> str:
@@ -191,7 +192,8 @@ def fine_tune(start: Encoder,  # stays as it is
     (folder/'checkpoint.pt').unlink(missing_ok=True)
     os.utime(folder)
     prune(folder.parent, keep_bytes, folder)
-    return load_fine_tuned(folder, start.backbone, start.device), json.loads((folder/HISTORY).read_text(encoding='utf-8'))
+    tuned = load_fine_tuned(folder, start.backbone, start.device, start.precision)
+    return tuned, json.loads((folder/HISTORY).read_text(encoding='utf-8'))
 
 def label(encoder: Encoder, kind: str = 'fine-tuned') -> str:
     "How tables name the checkpoint of a model that was made here."

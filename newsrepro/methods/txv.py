@@ -27,9 +27,11 @@ from torch.nn.functional import normalize
 
 from ..core.base import InputError, atomic_path
 from ..core.threads import threads_for
-from ..data.collection import read_collection
-from ..models.embed import EmbeddingStore, Encoder, FeatureEncoder, embed
+from ..data.layouts import read_collection
 from ..models.features import Features
+from ..models.foreign import FeatureEncoder
+from ..models.loader import Encoder
+from ..models.store import EmbeddingStore, embed
 from ..ranking.metrics import measure
 from ..ranking.retrieve import as_unit_rows
 from ..study.registry import Choice

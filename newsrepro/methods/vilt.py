@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.base import InputError
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from ..models.heat_maps import Panel, heat_map, word_span
 from ..models.match import MatchRecipe, pad_pictures, pad_texts, together
 from ..models.single_stream import Matcher, encode_pairs, load_picture

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from ..text.cleaning import tag_emoji
 from ..core.base import InputError
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from ..models.embed import Encoder
+from ..models.loader import Encoder
 from .fine_tune import DecodedPool, fine_tune, label, search
 from ..ranking.metrics import measure, rank_of_truth, reciprocal_rank
 from ..models.train import PUBMEDCLIP, Pairs, Recipe, digest

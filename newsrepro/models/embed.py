@@ -30,9 +30,10 @@ from safetensors.numpy import save_file
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/models/04_embed.ipynb #imports-own
-from ..core.checkpoints import Backbone, MissingCheckpoint, find_backbone, find_checkpoint, local_weights
+from ..core.checkpoints import (Backbone, MissingCheckpoint, find_backbone, find_checkpoint,
+                                        local_weights)
 from ..core.base import MINI_DIR, InputError, atomic_path, file_digest
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from ..text.language import windows
 from ..core.threads import threads_for
 

@@ -15,16 +15,19 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import InputError
-from ..data.collection import Collection, random_split
-from .embed import EmbeddingStore, Encoder, FeatureEncoder, embed
-from ..text.language import english, languages_of, select
 from ..core.threads import each
+from ..data.collection import Collection
+from ..data.splits import random_split
+from .foreign import FeatureEncoder
+from .loader import Encoder
+from .store import EmbeddingStore, embed
+from ..text.language import english, languages_of, select
 
 # %% ../../nbs/models/04c_features.ipynb #share-of-each
 def share_of_each(articles: pd.DataFrame,  # rows with dataset and article_id
                   fraction: float,  # share of the first part, in (0, 1)
                   seed: int = 0  # of the draw
-                 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # `fraction` of each set and the rest, in the order given
+                 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # `fraction` of each set and the rest, order kept
     "`random_split` of each set by itself."
     cut = [random_split(rows, fraction, seed) for _, rows in articles.groupby('dataset', sort=False)]
     chosen = articles.index.isin(pd.concat([first for first, _ in cut]).index)
@@ -51,7 +54,8 @@ def split_parts(usable: Collection,  # articles and images that can be read
                ) -> Parts:
     "Cut the training parts; raises `InputError` where there are too few pairs."
     articles = usable.articles.query("split == 'train' and image_id != ''")
-    if len(articles) < 10: raise InputError(f'{usable.name}: {len(articles)} training pairs, too few to train on')
+    count = len(articles)
+    if count < 10: raise InputError(f'{usable.name}: {count} training pairs, too few to train on')
     learn, held = share_of_each(articles, 1 - holdout, seed) if holdout else (articles, articles[:0])
     pools = {dataset: usable.subset(dataset, 'train').restrict(rows)
              for dataset, rows in held.groupby('dataset', sort=False)}
@@ -66,7 +70,7 @@ def measurable(pools: Mapping[str, Collection],  # set -> part of a collection
     "The pools that can be measured; says in a line which cannot."
     known = {dataset: part for dataset, part in pools.items() if len(part.truth) > 1}
     lacking = [dataset for dataset in pools if dataset not in known]
-    if lacking: print(f"{where}: fewer than two known pairs in {', '.join(lacking)}, so nothing is measured there")
+    if lacking: print(f"{where}: fewer than two known pairs in {', '.join(lacking)}, not measured")
     return known
 
 # %% ../../nbs/models/04c_features.ipynb #with-languages
@@ -82,7 +86,8 @@ def with_languages(usable: Collection,  # articles and images that can be read
     stamped = usable.articles.lang
     seen = usable.articles.assign(lang='') if how == 'detected' else usable.articles
     found = pd.Series(languages_of(seen), usable.articles.index)
-    print(f"language {how}: {(found == 'de').sum()} articles German, {(found != stamped).sum()} not as stamped")
+    german, other = (found == 'de').sum(), (found != stamped).sum()
+    print(f'language {how}: {german} articles German, {other} not as stamped')
     return replace(usable, articles=usable.articles.assign(lang=found))
 
 # %% ../../nbs/models/04c_features.ipynb #features
@@ -127,7 +132,8 @@ def embed_collection(usable: Collection,  # articles, their language known, and 
     articles = usable.articles.assign(text='') if selection == 'title' else usable.articles
     texts, pictures = select(translate(articles), selection), usable.images.path.tolist()
     seeing = encoders if seeing is None else seeing
-    jobs = [(encoder, texts, 'text') for encoder in encoders] + [(encoder, pictures, 'image') for encoder in seeing]
+    jobs = [(encoder, texts, 'text') for encoder in encoders]
+    jobs += [(encoder, pictures, 'image') for encoder in seeing]
     sizes = [sum(p.numel() for p in encoder.model.parameters()) for encoder, _, _ in jobs]
     rows = each(lambda job: embed(*job, store, workers=workers), jobs, like=sizes, device=encoders[0].device)
     return Features([by_id(usable.articles, 'article_id', found) for found in rows[:len(encoders)]],

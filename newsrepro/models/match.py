@@ -24,7 +24,8 @@ from tokenizers import BertWordPieceTokenizer
 
 from ..core.base import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
-from .single_stream import Matcher, encode_pairs, load_picture, load_vilt, match_logits, save_vilt
+from .single_stream import (Matcher, encode_pairs, load_picture, load_vilt, match_logits,
+                                            save_vilt)
 import newsrepro.models.match, newsrepro.models.single_stream, newsrepro.models.train
 from ..core.threads import threads_for
 from .train import (HISTORY, Checkpointer, Recipe, batch_order, digest, make_optimiser, prune,

@@ -32,8 +32,9 @@ from transformers.models.vilt.modeling_vilt import ViltMLMHead
 # %% ../../nbs/models/04a_single_stream.ipynb #imports-own
 from ..core.checkpoints import VILT_FILES, find_model
 from ..core.base import InputError, atomic_path
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from .embed import read_weights
+from .weights import read_weights
 from ..ranking.metrics import tie_order
 from ..ranking.retrieve import check_k, from_keys, to_keys
 from ..text.language import folder_fingerprint

@@ -6,12 +6,12 @@
 __all__ = ['CHOICES', 'RANGES', 'PUBMEDCLIP', 'HISTORY', 'twins', 'contrastive_loss', 'refuse_recipe', 'Recipe', 'layer_of',
            'decay_groups', 'rate_factor', 'make_optimiser', 'set_modes', 'Pairs', 'normaliser', 'load_pairs', 'seed_of',
            'batch_order', 'draw_boxes', 'cut', 'this_process', 'join_processes', 'gathered', 'Batch', 'image_side',
-           'prepare', 'batch_stream', 'encode_short', 'towers', 'seeded', 'backward', 'validate', 'best_record',
-           'exhausted', 'digest', 'identity', 'save_checkpoint', 'load_checkpoint', 'refuse', 'take_step', 'optimise',
-           'share_start', 'agree', 'Checkpointer', 'run_steps', 'train', 'size_of', 'prune', 'plot_history']
+           'prepare', 'batch_stream', 'towers', 'seeded', 'backward', 'validate', 'best_record', 'exhausted', 'digest',
+           'identity', 'save_checkpoint', 'load_checkpoint', 'refuse', 'take_step', 'optimise', 'share_start', 'agree',
+           'Checkpointer', 'run_steps', 'train', 'size_of', 'prune', 'plot_history']
 
 # %% ../../nbs/models/07_train.ipynb #imports
-import copy, hashlib, json, math, os, re, shutil, time
+import hashlib, json, math, os, re, shutil, time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,6 @@ from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,8 +33,10 @@ from tqdm import tqdm
 
 from ..core.checkpoints import Backbone
 from ..core.base import InputError, atomic_path
-from ..data.collection import open_image
+from ..data.pictures import open_image
 from .embed import preprocessing, tokenizer
+from .encoding import encode_short
+from .loader import preprocessing, tokenizer
 from ..core.threads import threads_for
 
 # %% ../../nbs/models/07_train.ipynb #contrastive-loss
@@ -346,22 +347,6 @@ def batch_stream(pairs: Pairs,  # to train on
             if step + 1 < recipe.steps:
                 jobs.append(pool.submit(prepare, pairs, order[step + 1], recipe, step + 1, px))
             yield jobs.pop(0).result()
-
-# %% ../../nbs/models/07_train.ipynb #towers
-def encode_short(model: torch.nn.Module,  # an open_clip model
-                 tokens: torch.Tensor  # (n, context) int64
-                ) -> torch.Tensor:  # (n, dim) unit rows
-    "`encode_text` without the positions behind the last end token."
-    device = model.logit_scale.device
-    if not isinstance(model, open_clip.CLIP) or model.text_pool_type != 'argmax' or model.attn_mask is None:
-        return model.encode_text(tokens.to(device), normalize=True)
-    length = int(tokens.argmax(1).max()) + 1
-    short = copy.copy(model)  # what other threads see of the model stays as it is
-    short._parameters = dict(model._parameters)
-    short._buffers = dict(model._buffers) | dict(attn_mask=model.attn_mask[:length, :length])
-    del short.positional_embedding
-    short.positional_embedding = model.positional_embedding[:length]
-    return short.encode_text(tokens[:, :length].to(device), normalize=True)
 
 # %% ../../nbs/models/07_train.ipynb #towers-function
 def towers(model: torch.nn.Module,  # an open_clip model

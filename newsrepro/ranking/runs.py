@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.base import InputError, atomic_path
-from ..data.collection import read_collection, read_table
+from ..data.layouts import read_collection
+from ..data.tables import read_table
 from .metrics import compare_ranks, found, parse_measure, rank_of_truth, summarise
 
 # %% ../../nbs/ranking/03_runs.ipynb #obfuscation

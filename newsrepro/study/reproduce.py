@@ -25,12 +25,12 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from ..core.base import (PACKAGE, InputError, cache_dir, clone_root, file_digest,
-                            notebooks_dir, package_version, read_json, reference_dir, source_commit, write_json)
-from .needs import (Needs, Requirement, asked_of_data, check_against_data, duration, estimate, facts_of, lines, locate_all,
-                             models_of, refuse_missing, unmet)
-from .registry import (CORE, NOTEBOOKS, PAPER_LAYOUT, PROFILES, Notebook, check_device, check_value, command_line,
-                                notebook_parameters, resolve_device)
+from ..core.base import (PACKAGE, InputError, cache_dir, clone_root, file_digest, notebooks_dir,
+                                 package_version, read_json, reference_dir, source_commit, write_json)
+from .needs import (Needs, Requirement, asked_of_data, check_against_data, duration, estimate,
+                                   facts_of, lines, locate_all, models_of, refuse_missing, unmet)
+from .registry import (CORE, NOTEBOOKS, PAPER_LAYOUT, PROFILES, Notebook, check_device,
+                                      check_value, command_line, notebook_parameters, resolve_device)
 
 # %% ../../nbs/study/25_reproduce.ipynb #closest
 def closest(name: str,  # what was given
@@ -553,7 +553,7 @@ def make_manifest(out: Path, notebooks: Sequence[Notebook] = NOTEBOOKS) -> dict:
 # %% ../../nbs/study/25_reproduce.ipynb #plan-needs
 def read_data(job: Job, paper: str):  # `newsrepro.data.collection.Collection`
     "The collection that a job reads; raises `InputError` where it cannot be read."
-    from newsrepro.data.collection import read_collection
+    from newsrepro.data.layouts import read_collection
     from newsrepro.study.study import resolve_data
     return read_collection(resolve_data(job.parameters['data'], PAPER_LAYOUT.get(paper, '')))
 

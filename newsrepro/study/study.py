@@ -23,15 +23,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core.base import PACKAGE, InputError, atomic_path, cache_dir, notebooks_dir, source_commit
-from ..data.collection import Collection, read_collection
+from ..data.collection import Collection
+from ..data.layouts import read_collection
 from ..ranking.metrics import confidence_intervals, measure
 from ..models.embed import EmbeddingStore
 from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line,
-                                      notebook_named,
-                                      notebook_parameters, parameter_departures, published_table,
-                                      resolve_device)
+                                      notebook_named, notebook_parameters, parameter_departures,
+                                      published_table, resolve_device)
 from ..text.language import (MarianTranslator, TableTranslator, TranslationMemory, english,
                                      find_translator)
+from ..models.store import EmbeddingStore
 from ..ranking.runs import write_run
 
 # %% ../../nbs/study/06a_study.ipynb #settings

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 from ..core.checkpoints import MARIAN_FILES, find_model, model_name
 from ..core.base import InputError, atomic_path, file_digest, read_json
-from ..data.collection import read_table
+from ..data.tables import read_table
 
 # %% ../../nbs/text/01_language.ipynb #detect-languages
 LANGUAGES = ('de', 'en')
