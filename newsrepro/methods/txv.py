@@ -450,11 +450,13 @@ def pretraining_features(pairs: tuple[pd.DataFrame, pd.DataFrame] | None,  # as 
     return None if pairs is None else (read(pairs[0]), read(pairs[1]))
 
 def txv_departures(source: str,  # of pre-training, as of `pretraining_source`
+                   recipe: TxVRecipe,  # of the training
                    unfinished: bool = False  # whether a network might have become better with more epochs
                   ) -> list[str]:  # for the note under a table
-    "In what a trained T×V is not the paper's, beyond its parameters."
-    found = [] if source == 'nytimes' else ['T×V not pre-trained on NYTimes800k']
-    return found + ['T×V still improving when training ended']*unfinished
+    "In what a trained T×V is not the paper's, beyond what counts as a parameter."
+    found = [] if source == 'nytimes' else ['not pre-trained on NYTimes800k']
+    if recipe.batch_size != TxVRecipe().batch_size: found.append(f'batches of {recipe.batch_size}')
+    return found + ['still improving when training ended']*unfinished
 
 # %% ../../nbs/methods/14_txv.ipynb #fitted
 @dataclass(frozen=True)
