@@ -60,6 +60,7 @@ class Case:
     scores: np.ndarray  # (n, m), columns as in `pool`
     bank: np.ndarray  # (b, m), scores of bank texts
 
+# %% ../../nbs/methods/15_dual_softmax.ipynb #mean-quality
 def mean_quality(cases: Sequence[Case],  # over which the mean is taken
                  correct: Callable,  # one of `CORRECTIONS`
                  temperature: float,  # positive
@@ -69,6 +70,7 @@ def mean_quality(cases: Sequence[Case],  # over which the mean is taken
     ranks = [ranks_by_score(case.pool, correct(case.scores, temperature, case.bank)) for case in cases]
     return float(np.mean([measure(found, name).mean() for found in ranks]))
 
+# %% ../../nbs/methods/15_dual_softmax.ipynb #temperature-of
 def choose_temperature(cases: Sequence[Case],  # pools of training pairs
                        correct: Callable,  # one of `CORRECTIONS`
                        temperatures: Sequence[float] = TEMPERATURES  # to choose from
@@ -114,6 +116,7 @@ def holm(p_values: Sequence[float]  # of tests that are read together
     corrected[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(n, 0, -1)), 1)
     return corrected.tolist()
 
+# %% ../../nbs/methods/15_dual_softmax.ipynb #named
 def named(ci_low: float,  # of a paired difference
           ci_high: float,  # of it
           p: float  # corrected

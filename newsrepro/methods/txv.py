@@ -117,6 +117,7 @@ def as_tensors(features: Sequence[np.ndarray],  # T or V matrices (n, dim)
     for i, x in enumerate(features, 1): as_unit_rows(x, f'{name} feature {i}')  # refuses rows of zeros
     return [torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32)).to(device) for x in features]
 
+# %% ../../nbs/methods/14_txv.ipynb #project-all
 @torch.inference_mode()
 def project(model: TxV,  # trained
             features: Sequence[np.ndarray],  # T or V matrices (n, dim)
@@ -179,6 +180,7 @@ def both_ranks(texts: np.ndarray,  # (n, dim) unit rows
         of_images += (z > bar).sum(0)
     return torch.cat(of_texts).cpu().numpy(), of_images.cpu().numpy()
 
+# %% ../../nbs/methods/14_txv.ipynb #recall-sum-of
 def recall_sum(texts: np.ndarray,  # (n, dim) unit rows
                images: np.ndarray,  # (n, dim) unit rows; equal places match
                block: int = 1024,  # as of `both_ranks`
@@ -265,6 +267,7 @@ def network_for(pairs: Pairs,  # whose dimensions count
     "A network of these features, not yet trained."
     return TxV([x.shape[1] for x in pairs[0]], [x.shape[1] for x in pairs[1]], recipe.joint, recipe.dropout)
 
+# %% ../../nbs/methods/14_txv.ipynb #train-txv
 def train_txv(train: Pairs,  # T and V feature matrices to learn from
               valid: Pairs | None,  # those that choose the epoch; None keeps the last epoch
               recipe: TxVRecipe = TxVRecipe(),  # how
@@ -299,6 +302,7 @@ def _add_to(digest, x) -> None:
         digest.update(b']')
     else: digest.update(repr(x).encode() + b'|')
 
+# %% ../../nbs/methods/14_txv.ipynb #features-key-of
 def features_key(*parts  # arrays, texts and numbers, nested in any way
                 ) -> str:  # 24 hexadecimal digits
     "Fingerprint of all of them."
@@ -336,6 +340,7 @@ def _only_tensor(path: Path) -> np.ndarray:
         raise InputError(f"{path}: holds {', '.join(sorted(tensors))}; name one of them embeddings")
     return tensors.get('embeddings', next(iter(tensors.values())))
 
+# %% ../../nbs/methods/14_txv.ipynb #read-matrix-of
 def read_matrix(path: str | Path  # a file that ends in .npy or .safetensors
                ) -> np.ndarray:  # (n, dim) float32
     "A matrix of embeddings; raises `InputError`."
@@ -358,6 +363,7 @@ def _pairs_of(article: Mapping, text: str) -> list[tuple[str, str, str]]:  # spl
     words = [(headline if text == 'headline' else part.get('text') or '').strip() for part in parts]
     return [(article['split'], line, part['hash']) for line, part in zip(words, parts) if line]
 
+# %% ../../nbs/methods/14_txv.ipynb #nytimes-pairs
 def nytimes_pairs(export: str | Path,  # JSON lines, as mongoexport writes the articles
                   images: str | Path,  # folder of <hash>.jpg
                   text: str = 'headline'  # 'headline' or 'caption'
@@ -418,6 +424,7 @@ def collection_pairs(folder: str | Path  # with a collection
     images = collection.images[['dataset', 'image_id', 'path']]
     return collection.articles.merge(images, on=['dataset', 'image_id'])[['title', 'path']]
 
+# %% ../../nbs/methods/14_txv.ipynb #pretraining-pairs-of
 def pretraining_pairs(source: str,  # as of `pretraining_source`
                       nytimes: str = '',  # folder of NYTimes800k
                       text: str = 'headline',  # of NYTimes800k, 'headline' or 'caption'
@@ -449,6 +456,7 @@ def pretraining_features(pairs: tuple[pd.DataFrame, pd.DataFrame] | None,  # as 
     read = lambda frame: (each_by(frame, 'title', 'text'), each_by(frame, 'path', 'image'))
     return None if pairs is None else (read(pairs[0]), read(pairs[1]))
 
+# %% ../../nbs/methods/14_txv.ipynb #departures
 def txv_departures(source: str,  # of pre-training, as of `pretraining_source`
                    recipe: TxVRecipe,  # of the training
                    unfinished: bool = False  # whether a network might have become better with more epochs

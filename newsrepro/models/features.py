@@ -48,6 +48,7 @@ class Parts:
         "Rows of articles that Table 1.A's network is chosen on."
         return pd.concat([part.articles for part in self.held.values()]) if self.held else None
 
+# %% ../../nbs/models/04c_features.ipynb #split-parts
 def split_parts(usable: Collection,  # articles and images that can be read
                 seed: int = 0,  # of the draws
                 holdout: float = .2  # share of each set's training pairs that is held out, in [0, 1)
@@ -57,8 +58,8 @@ def split_parts(usable: Collection,  # articles and images that can be read
     count = len(articles)
     if count < 10: raise InputError(f'{usable.name}: {count} training pairs, too few to train on')
     learn, held = share_of_each(articles, 1 - holdout, seed) if holdout else (articles, articles[:0])
-    pools = {dataset: usable.subset(dataset, 'train').restrict(rows)
-             for dataset, rows in held.groupby('dataset', sort=False)}
+    kept = held.groupby('dataset', sort=False)
+    pools = {dataset: usable.subset(dataset, 'train').restrict(rows) for dataset, rows in kept}
     tests = {dataset: usable.subset(dataset, 'test') for dataset in usable.datasets}
     tests = {dataset: part for dataset, part in tests.items() if len(part.articles) and len(part.images)}
     return Parts(learn, *random_split(learn, .9, seed), pools, tests)
@@ -119,6 +120,7 @@ def by_id(table: pd.DataFrame,  # n rows with `dataset` and `column`
     "The rows of a matrix by set and id."
     return dict(zip(zip(table.dataset, table[column]), rows, strict=True))
 
+# %% ../../nbs/models/04c_features.ipynb #embed-all
 def embed_collection(usable: Collection,  # articles, their language known, and images that can be read
                      encoders: Sequence[Encoder | FeatureEncoder],  # of texts, and of images but for `seeing`
                      store: EmbeddingStore,  # read first, then filled
