@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'Pairs', 'MINI_PRETRAINING', 'CHOOSING', 'PRESETS', 'block', 'TxV', 'as_tensors', 'project',
-           'margin_ranking_loss', 'TxVRecipe', 'both_ranks', 'recall_sum', 'Schedule', 'epoch_of', 'epochs_of',
-           'network_for', 'train_txv', 'features_key', 'trained_txv', 'read_matrix', 'nytimes_pairs', 'read_nytimes',
-           'pretraining_source', 'drawn', 'collection_pairs', 'pretraining_pairs', 'pretraining_features',
-           'txv_departures', 'Fitted', 'fit_txv', 'txv_recipe']
+           'margin_ranking_loss', 'TxVRecipe', 'both_ranks', 'recall_sum', 'quality', 'Schedule', 'descend', 'epoch_of',
+           'epochs_of', 'pair_tensors', 'network_for', 'train_txv', 'features_key', 'trained_txv', 'read_matrix',
+           'nytimes_pairs', 'read_nytimes', 'pretraining_source', 'drawn', 'collection_pairs', 'pretraining_pairs',
+           'pretraining_features', 'txv_departures', 'Fitted', 'course_of', 'fit_txv', 'txv_recipe']
 
 # %% ../../nbs/methods/14_txv.ipynb #imports
 import hashlib, json
@@ -190,11 +190,18 @@ def recall_sum(texts: np.ndarray,  # (n, dim) unit rows
     both = both_ranks(texts, images, block, device)
     return 100*sum(float(measure(ranks, f'R@{k}').mean()) for ranks in both for k in (1, 5, 10))
 
+# %% ../../nbs/methods/14_txv.ipynb #quality
+def quality(model: TxV,  # trained
+            pairs: Pairs  # T text and V image matrices
+           ) -> float:  # in [0, 600]
+    "`recall_sum` of a network on pairs."
+    vectors = project(model, pairs[0], 'text'), project(model, pairs[1], 'image')
+    return recall_sum(*vectors, device=str(next(model.parameters()).device))
+
 # %% ../../nbs/methods/14_txv.ipynb #schedule
 @dataclass
 class Schedule:
-    "What an epoch's score does to the rate, and when to give up."
-    patience: int  # epochs without a new best that are endured
+    "What an epoch's score does to the rate, and how long there was no new best."
     decay: float  # factor of the rate an epoch
     best: float = -np.inf  # highest score
     waited: int = 0  # epochs since
@@ -211,10 +218,18 @@ class Schedule:
         if halve: self.used = 0
         return self.decay*(.5 if halve else 1)
 
-    @property
-    def is_over(self) -> bool:
-        "Whether patience is at its end."
-        return self.waited > self.patience
+# %% ../../nbs/methods/14_txv.ipynb #step
+def descend(model: TxV,  # changed in place
+            optimiser: torch.optim.Optimizer,  # of its parameters
+            loss: torch.Tensor,  # scalar
+            clip_norm: float  # of the gradients, at most
+           ) -> float:  # the loss
+    "One step."
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimiser.step()
+    return loss.item()
 
 # %% ../../nbs/methods/14_txv.ipynb #epoch
 def epoch_of(model: TxV,  # changed in place
@@ -231,11 +246,7 @@ def epoch_of(model: TxV,  # changed in place
         if len(rows) < 2: continue  # BatchNorm has no statistics of one
         own_texts, own_images = model.texts([x[rows] for x in texts]), model.images([x[rows] for x in images])
         loss = margin_ranking_loss(own_texts, own_images, recipe.margin, recipe.hardest)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        optimiser.step()
-        total += loss.item()
+        total += descend(model, optimiser, loss, recipe.clip_norm)
     return total/len(order)
 
 # %% ../../nbs/methods/14_txv.ipynb #epochs-of
@@ -248,19 +259,27 @@ def epochs_of(model: TxV,  # changed in place
     "Train epoch by epoch; a record after each."
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.rate, fused=True)
     draw = torch.Generator().manual_seed(recipe.seed)
-    schedule, device = Schedule(recipe.patience, recipe.decay), str(next(model.parameters()).device)
+    schedule = Schedule(recipe.decay)
     for epoch in range(recipe.epochs):
         rate = optimiser.param_groups[0]['lr']
-        loss, score = epoch_of(model, optimiser, texts, images, recipe, draw), None
-        if valid is not None:
-            vectors = project(model, valid[0], 'text'), project(model, valid[1], 'image')
-            score = recall_sum(*vectors, device=device)
+        loss = epoch_of(model, optimiser, texts, images, recipe, draw)
+        score = None if valid is None else quality(model, valid)
         factor = schedule.factor_after(epoch if score is None else score)
         yield dict(epoch=epoch, loss=loss, recall_sum=score, rate=rate, best=schedule.waited == 0)
-        if schedule.is_over: return
+        if schedule.waited > recipe.patience: return
         optimiser.param_groups[0]['lr'] *= factor
 
 # %% ../../nbs/methods/14_txv.ipynb #train
+def pair_tensors(pairs: Pairs,  # T text and V image matrices
+                 device: str = 'cpu'  # 'cpu', 'cuda' or 'cuda:N'
+                ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # texts, images
+    "What is trained on; raises `InputError` where it is no pairs, or fewer than two."
+    texts, images = as_tensors(pairs[0], 'texts', device), as_tensors(pairs[1], 'images', device)
+    n, m = len(texts[0]), len(images[0])
+    if n != m: raise InputError(f'{n} texts, {m} images: pairs are needed')
+    if n < 2: raise InputError('T×V needs two pairs or more to train on')
+    return texts, images
+
 def network_for(pairs: Pairs,  # whose dimensions count
                 recipe: TxVRecipe  # joint, dropout
                ) -> TxV:
@@ -275,10 +294,7 @@ def train_txv(train: Pairs,  # T and V feature matrices to learn from
               device: str = 'cpu'  # 'cpu', 'cuda' or 'cuda:N'
              ) -> tuple[TxV, list[dict]]:  # the network of the best epoch, one record an epoch
     "Train T×V; raises `InputError`."
-    texts, images = as_tensors(train[0], 'texts', device), as_tensors(train[1], 'images', device)
-    n, m = len(texts[0]), len(images[0])
-    if n != m: raise InputError(f'{n} texts, {m} images: pairs are needed')
-    if n < 2: raise InputError('T×V needs two pairs or more to train on')
+    texts, images = pair_tensors(train, device)
     history, weights = [], {}
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.seed)
@@ -311,6 +327,13 @@ def features_key(*parts  # arrays, texts and numbers, nested in any way
     return digest.hexdigest()[:24]
 
 # %% ../../nbs/methods/14_txv.ipynb #trained
+def _load_into(model: TxV, path: Path) -> list[dict]:  # history
+    with safe_open(path, 'pt') as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        model.eval()
+        return json.loads(file.metadata()['history'])
+
+# %% ../../nbs/methods/14_txv.ipynb #trained-txv
 def trained_txv(root: Path,  # folder of trained networks
                 train: Pairs,  # as of `train_txv`
                 valid: Pairs | None,  # as of `train_txv`
@@ -324,10 +347,7 @@ def trained_txv(root: Path,  # folder of trained networks
     with threads_for(model): threads = torch.get_num_threads()
     key = features_key(train, valid, asdict(recipe), start_key, torch.device(device).type, threads)
     path = root/f'{key}.safetensors'
-    if path.is_file():
-        with safe_open(path, 'pt') as file:
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-            return model.eval(), json.loads(file.metadata()['history']), key
+    if path.is_file(): return model, _load_into(model, path), key
     model, history = train_txv(train, valid, recipe, start, device)
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_path(path) as part: save_file(tensors, part, {'history': json.dumps(history)})
@@ -490,11 +510,14 @@ class Fitted:
         "Whether tuning ended by its number of epochs, before validation had ceased to improve."
         return len(self.history['tuning']) - 1 - self.best_epoch() <= self.patience
 
-    def __str__(self):
-        best = {stage: self.best_epoch(stage) for stage in self.history}
-        count = lambda stage: len(self.history[stage])
-        stages = [f'{stage}: {count(stage)} epochs, best {epoch}' for stage, epoch in best.items()]
-        return '; '.join(stages) + ', still improving'*self.unfinished
+# %% ../../nbs/methods/14_txv.ipynb #course-of
+def course_of(fitted: Fitted  # as trained
+             ) -> str:  # such as 'tuning: 20 epochs, best 9'
+    "How training went, in words."
+    best = {stage: fitted.best_epoch(stage) for stage in fitted.history}
+    count = lambda stage: len(fitted.history[stage])
+    stages = [f'{stage}: {count(stage)} epochs, best {epoch}' for stage, epoch in best.items()]
+    return '; '.join(stages) + ', still improving'*fitted.unfinished
 
 # %% ../../nbs/methods/14_txv.ipynb #fit
 def fit_txv(features: Features,  # of the collection
