@@ -80,14 +80,20 @@ NOTEBOOKS = (
     Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
              models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'),
-                     ('extra_image', 'encoder'), ('translator', 'marian'))),
+                     ('extra_image', 'encoder'), ('translator', 'marian')),
+             free=('second', 'extra_text', 'extra_image', 'nytimes', 'seeds'),
+             papers_values=(('language', ('profile', 'detected')), ('pretrain', ('profile', 'nytimes')),
+                            ('nytimes_text', ('headline', 'caption')))),
     Notebook('15_dual_softmax', 'galanopoulos2022',
              'Dual softmax and one-to-one matching (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-table-1a', 'galanopoulos2022-table-1b', 'galanopoulos2022-extra-tests',
                      'galanopoulos2022-extra-pool', 'galanopoulos2022-extra-broken',
                      'galanopoulos2022-extra-fusion'),
              figures=('galanopoulos2022-extra-temperature',), after=('14_txv',),
-             models=(('backbone', 'clip'), ('second', 'clip'), ('translator', 'marian'))),
+             models=(('backbone', 'clip'), ('second', 'clip'), ('translator', 'marian')),
+             free=('second', 'nytimes', 'seeds', 'draws', 'validation_pairs'),
+             papers_values=(('language', ('profile', 'detected')), ('pretrain', ('profile', 'nytimes')),
+                            ('nytimes_text', ('headline', 'caption')))),
 )
 
 # %% ../../nbs/study/06_registry.ipynb #papers
