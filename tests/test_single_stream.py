@@ -565,6 +565,8 @@ def test_start_from_timms_own_file(small, tmp_path):
     torch.manual_seed(0)
     vit = timm.create_model('vit_base_patch32_384', img_size=64, patch_size=16, embed_dim=32, depth=3,
                             num_heads=4, mlp_ratio=2).eval()
+    for module in vit.modules():
+        if isinstance(module, torch.nn.LayerNorm): module.eps = 1e-12  # as `transformers` has it
     torch.save(vit.state_dict(), tmp_path/'jx_vit_base_p32_384-830016f5.pth')
     model = load_vilt(str(small)).model
     start_from_vit(model, 'jx_vit_base_p32_384-830016f5.pth', tmp_path)
