@@ -339,7 +339,7 @@ def beside_set(folder: Path) -> None: (folder/'1_toy.ipynb').write_bytes(noteboo
 
 def read_set(path: Path):
     from newsrepro.study.registry import Notebook, check_value, notebook_parameters
-    from newsrepro.study.reproduce import parse_set
+    from newsrepro.study.plan import parse_set
     text = path.read_bytes().decode('utf-8', 'surrogateescape')  # as the system hands arguments over
     _, name, value = parse_set(text, [Notebook('1_toy', 'zhang2022', 'a toy', ())], path.parent)
     return name, check_value('1_toy', notebook_parameters(path.parent/'1_toy.ipynb')[name], value)

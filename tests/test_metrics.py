@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newsrepro.core.base import InputError
-from newsrepro.ranking.metrics import MEASURES, holm, measure, rank_by_score, rank_of_truth, summarise, tie_order
+from newsrepro.ranking.metrics import (MEASURES, holm, measure, rank_by_score, rank_of_truth, summarise,
+                                       tie_order)
 
 steady = settings(deadline=None, derandomize=True)
 

@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'PAPERS', 'STUDY_TABLES', 'STUDY_FIGURES', 'PAPER_LAYOUT
            'parameter_departures', 'Choice', 'choices_table', 'command_line']
 
 # %% ../../nbs/study/06_registry.ipynb #imports
-import ast, csv, io, json, math, re, shlex, tokenize
+import ast, csv, io, json, math, os, re, shlex, tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -60,12 +60,17 @@ NOTEBOOKS = (
              papers_values=(('precision', ('auto', 'fp32', 'fp16')), ('batch_size', (0,)))),
     Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-FT (Fukatsu & Aono 2022)',
              tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3',
-                     'fukatsu2022-table-4',
+                     'fukatsu2022-table-4', 'fukatsu2022-extra-ends',
                      'fukatsu2022-extra-alpha', 'fukatsu2022-extra-seeds', 'fukatsu2022-extra-splits',
-                     'fukatsu2022-extra-options'),
+                     'fukatsu2022-extra-options', 'fukatsu2022-extra-titles'),
              figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3',
                       'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
-             models=(('backbone', 'clip'), ('translator', 'marian'))),
+             models=(('backbone', 'clip'), ('translator', 'marian')),
+             free=('seeds', 'layer_decay', 'random_split', 'option_sets', 'examples'),
+             papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 0)),
+                            ('precision', ('auto', 'fp32', 'fp16')),
+                            ('crops', ('recipe', 'whole')), ('epochs', (0., 50.)), ('rate', (0., 1e-5)),
+                            ('translator', ('profile', 'Helsinki-NLP/opus-mt-de-en')))),
     Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
              models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'),
@@ -273,15 +278,18 @@ def choices_table(choices: Sequence[Choice]  # of one paper
                                                                                               'effect']]
 
 # %% ../../nbs/study/06_registry.ipynb #command-line
+def _full_path(option: str, value: str) -> str:
+    return os.path.abspath(value) if option == 'weights' or option == 'data' and value != 'mini' else value
+
 def command_line(notebook: Notebook,  # that is run
                  declared: Mapping[str, Parameter],  # its parameters
                  values: Mapping[str, Any]  # as run
                 ) -> str:
-    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into a shell."
+    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell in any folder."
     changed = {name: value for name, value in values.items()
                if name != 'out_dir' and value != declared[name].default}
     words = ['newsrepro', 'reproduce', '--only', notebook.name]
     for name in ('profile', 'data', 'device', 'weights'):
-        if name in changed: words += [f'--{name}', str(changed.pop(name))]
+        if name in changed: words += [f'--{name}', _full_path(name, str(changed.pop(name)))]
     return shlex.join([*words, *(word for name, value in changed.items()
                                  for word in ('--set', f'{notebook.name}.{name}={value}'))])
