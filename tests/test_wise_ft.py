@@ -11,7 +11,7 @@ from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.data.layouts import read_collection
 from newsrepro.methods.fine_tune import DecodedPool, save_fine_tuned
-from newsrepro.methods.wise_ft import (ALPHAS, CHOICES, ENDS, READING, RECIPES, Adapted, against_ends, cases,
+from newsrepro.methods.wise_ft import (ALPHAS, CHOICES, ENDS, READS, RECIPES, Adapted, against_ends, cases,
                                        choose_alpha, claim_lines, end_rows, interpolate, part_set,
                                        rank_changes, read_set, retold, soup, state_of, store_bytes, sweep,
                                        with_weights)
@@ -161,7 +161,7 @@ def test_paper_recipe():
     differ = {name for name in paper if paper[name] != article.get(name)}
     assert differ == {'decay_all', 'logit_factor', 'mean_std'}
     assert dict(article) == dict(PUBMEDCLIP) | dict(epochs=50)
-    assert READING['paper'] == (0, True) and READING.keys() == RECIPES.keys()
+    assert READS['paper'] == (0, True) and READS.keys() == RECIPES.keys()
     assert {choice.kind for choice in CHOICES} == {'stated', 'inferred', 'our choice', 'deviation'}
 
 
@@ -193,17 +193,6 @@ def test_adapt_searches_what_it_is_asked(tmp_path, monkeypatch):
     assert all(same_bits(value, tuned.model.state_dict()[key]) for key, value in whole.theta_1.items())
     whole.weights.unlink()
     with pytest.raises(InputError, match='deleted since it was trained'): whole.theta_1
-
-
-def test_holm_against_its_definition():
-    "The k-th smallest p is rejected at a level where all before it are, at (n - k + 1) times its value."
-    draw = np.random.default_rng(0)
-    for n in (1, 2, 5, 6):
-        p = draw.random(n)**3
-        p[-1] = p[0]  # a tie
-        order = sorted(range(n), key=lambda i: p[i])
-        steps = [min(1, (n - k)*p[i]) for k, i in enumerate(order)]
-        for k, i in enumerate(order): assert holm(p)[i] == pytest.approx(max(steps[:k + 1]))
 
 
 def adapted_of(zero, tuned, mixed, alpha=.5):
