@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from newsrepro.core.base import InputError
-from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, marked,
-                                    with_distractors, without_images)
+from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, holm, marked,
+                                            named, with_distractors, without_images)
 from newsrepro.ranking.metrics import rank_of_truth
 from newsrepro.ranking.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
 from newsrepro.ranking.pool import Pool, column_ranks, ranks_by_score, scored_lists
@@ -90,3 +90,22 @@ def test_temperature_is_chosen_by_quality():
 
 def test_transductive_is_marked():
     assert [name for name in CORRECTIONS if marked(name) == name] == ['plain', 'QB-Norm']
+
+
+def test_holm_against_its_definition():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7):
+        p = rng.random(n)**3
+        # reject at level a: step down while the k-th smallest is at most a/(n - k); the corrected p is the least such a
+        for level in (.01, .05, .2, .5):
+            rejected, order = set(), np.argsort(p)
+            for k, i in enumerate(order):
+                if p[i] > level/(n - k): break
+                rejected.add(i)
+            assert rejected == {i for i, x in enumerate(holm(p)) if x <= level}
+    assert holm([]) == []
+
+
+def test_a_word_needs_interval_and_p():
+    assert named(.01, .02, .04) == 'gain' and named(-.02, -.01, .04) == 'loss'
+    assert named(-.02, -.0, .077) == named(-.02, .01, .01) == named(.01, .02, .05) == 'no difference shown'

@@ -166,15 +166,16 @@ COLUMNS = ('dataset', 'split', 'run', 'metric', 'value', 'ci_low', 'ci_high', 'n
            'profile', 'data', 'checkpoint', 'seed', 'commit')
 
 def tidy_table(s: Settings, name: str,  # table, e.g. 'zhang2022-table-2'
-               rows: list[dict],  # dataset, split, run, metric, value, ci_low, ci_high, n, checkpoint
+               rows: list[dict],  # dataset, split, run, metric, value, ci_low, ci_high, checkpoint, departs
                collection: Collection,  # that the rows were made from
                comparable: bool  # every setting is the paper's
               ) -> pd.DataFrame:  # `COLUMNS`
-    "Rows stamped with their settings, with the published numbers where comparable; no rows, an empty table."
+    "Rows with their settings and, where comparable and the row does not say `departs`, published numbers."
     table = pd.DataFrame(rows, columns=None if rows else ['dataset', 'split', 'run', 'metric', 'value'])
     reference = published_table(name) if comparable else {}
     table['published'] = [reference.get(key, float('nan'))
                           for key in zip(table.dataset, table.split, table.run, table.metric)]
+    if 'departs' in table: table.loc[table.departs.eq(True), 'published'] = float('nan')
     table['difference'] = table.value - table.published
     stamp = dict(profile=s.profile, data=f'{collection.name}:{collection.fingerprint[:12]}', seed=s.seed,
                  commit=source_commit())
