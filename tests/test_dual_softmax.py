@@ -96,7 +96,8 @@ def test_holm_against_its_definition():
     rng = np.random.default_rng(0)
     for n in (1, 2, 7):
         p = rng.random(n)**3
-        # reject at level a: step down while the k-th smallest is at most a/(n - k); the corrected p is the least such a
+        # reject at level a: step down while the k-th smallest is at most a/(n - k); the corrected p is the
+        # least such a
         for level in (.01, .05, .2, .5):
             rejected, order = set(), np.argsort(p)
             for k, i in enumerate(order):

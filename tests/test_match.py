@@ -1,4 +1,5 @@
-"""Learning to match: files that `transformers` reads, its own losses, what may be swapped and masked, and kills."""
+"""Learning to match: files that `transformers` reads, its own losses, what may be swapped and masked, and
+kills."""
 import multiprocessing
 import os
 import shutil
@@ -74,7 +75,8 @@ def batch_of_transformers(folder, paths):
 
 
 def test_transformers_reads_what_is_saved(vocabulary, paths, tmp_path):
-    "Its own classes give the same logits for a padded batch, matching and words, and it misses no weight; so does `load_vilt`."
+    """Its own classes give the same logits for a padded batch, matching and words, and it misses no
+    weight; so does `load_vilt`."""
     matcher = fresh(vocabulary, spread=.1, untrained=())
     folder = save_vilt(tmp_path/'saved', matcher)
     batch, pairs = batch_of_transformers(folder, paths[:4]), load_news_pairs(matcher, TEXTS, paths[:4])
@@ -145,7 +147,8 @@ def test_retrieval_loss_is_a_slow_loop(vocabulary, paths):
 
 
 def test_alignment_loss(vocabulary):
-    "The transport cost, by an exact solver; a wrong pair counts negative; start, end, class token and padding count nothing."
+    """The transport cost, by an exact solver; a wrong pair counts negative; start, end, class token and
+    padding count nothing."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 11, 6, generator=draw)
     text, picture = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool)
@@ -164,7 +167,8 @@ def test_alignment_loss(vocabulary):
 
 
 def test_alignment_pulls_right_pairs_together(vocabulary, paths):
-    "Its gradient lowers the cost of a right pair and raises that of a wrong one; with weight 0 it does not count."
+    """Its gradient lowers the cost of a right pair and raises that of a wrong one; with weight 0 it does
+    not count."""
     matcher = fresh(vocabulary, spread=.1)
     pairs = load_news_pairs(matcher, TEXTS, paths[:4])
     text, picture = pad_texts(matcher, pairs.ids), pad_pictures(matcher, pairs.pictures)
@@ -181,7 +185,8 @@ def crossed():
 
 
 def test_a_swap_is_never_right():
-    "Neither the picture of the text nor one that the same text has elsewhere; every other one comes as often as the next."
+    """Neither the picture of the text nor one that the same text has elsewhere; every other one comes as
+    often as the next."""
     pairs, of = crossed()
     right = right_pictures(pairs)
     owned = {text: {place for other, place in of if other == text} for text, _ in of}
@@ -216,7 +221,8 @@ def test_duplicates_by_content(vocabulary, paths, tmp_path):
 
 
 def test_masks(vocabulary):
-    "Of the chosen pieces 80 % are hidden, 10 % replaced, 10 % stay; start and end never; whole words all or none."
+    """Of the chosen pieces 80 % are hidden, 10 % replaced, 10 % stay; start and end never; whole words all
+    or none."""
     words = fresh(vocabulary).words
     row = fresh(vocabulary).tokens(['greenishness left redish a'])[0]
     assert [words.id_to_token(piece) for piece in row] == ['[CLS]', 'green', '##ish', '##ness', 'left', 'red', '##ish', 'a', '[SEP]']
@@ -242,7 +248,8 @@ KILLED = MatchRecipe(60, batch_size=6, rate=3e-3, warmup=5, keep='loss', validat
 
 
 def killed_child(vocabulary, paths, folder, result, where, at):
-    "Train on from the folder's checkpoint; die at the `at`-th step or within the `at`-th writing of a checkpoint."
+    """Train on from the folder's checkpoint; die at the `at`-th step or within the `at`-th writing of a
+    checkpoint."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill leaves behind
     calls = iter(range(1, 1000))
@@ -287,7 +294,8 @@ def test_killed_ten_times_ends_as_undisturbed(vocabulary, paths, tmp_path):
 
 
 def test_best_weights_are_kept(vocabulary, paths):
-    "`keep='loss'` ends with the weights of the validation with the least loss, and they are validated to it again."
+    """`keep='loss'` ends with the weights of the validation with the least loss, and they are validated to
+    it again."""
     pairs = load_news_pairs(fresh(vocabulary), [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
     recipe = MatchRecipe(24, batch_size=6, rate=2e-2, warmup=2, keep='loss', validate_every=3, schedule='constant')
     matcher, history = train_matcher(fresh(vocabulary), pairs, recipe, valid=pairs.pick(range(6)), progress=False)

@@ -48,7 +48,8 @@ SHAPES = [(90, 60), (60, 95), (70, 70), (40, 150)]
 
 
 def vocabulary(size):
-    "A file of `size` lines in the order of BERT's: unused places, the special pieces at 100, then characters and words."
+    """A file of `size` lines in the order of BERT's: unused places, the special pieces at 100, then
+    characters and words."""
     special = {0: '[PAD]', 100: '[UNK]', 101: '[CLS]', 102: '[SEP]', 103: '[MASK]'}
     known = [*LETTERS, *(f'##{c}' for c in LETTERS), *WORDS]
     lines = [special.get(place, f'[unused{place}]') for place in range(104)] + known
@@ -56,7 +57,8 @@ def vocabulary(size):
 
 
 def write_vilt(folder, kind=ViltForImageAndTextRetrieval, as_bin=False, seed=0, **sizes):
-    "What `transformers` itself writes for a network all of whose weights are random (its own start leaves positions at nought)."
+    """What `transformers` itself writes for a network all of whose weights are random (its own start
+    leaves positions at nought)."""
     torch.manual_seed(seed)
     config = ViltConfig(**sizes)
     model = kind(config).eval()
@@ -142,7 +144,8 @@ SIZES = {'small': (SMALL, SENTENCES, SHAPES), 'ViLT-B/32': ({}, SENTENCES[1:], [
 
 @pytest.mark.parametrize('size', SIZES)
 def test_scores_are_those_of_transformers(size, tmp_path, cut_off):
-    "Loaded from the hub's cache without a network; every pair gets what it gets alone through `transformers`."
+    """Loaded from the hub's cache without a network; every pair gets what it gets alone through
+    `transformers`."""
     sizes, texts, shapes = SIZES[size]
     snapshot = in_hub(tmp_path/'hub', 'dandelin/vilt-b32-finetuned-coco', as_bin=size == 'small', **sizes)
     matcher, paths = load_vilt('dandelin/vilt-b32-finetuned-coco', tmp_path/'hub'), write_pictures(tmp_path/'pictures', shapes)
@@ -160,7 +163,8 @@ def test_scores_are_those_of_transformers(size, tmp_path, cut_off):
 
 @pytest.mark.parametrize('size', SIZES)
 def test_checkpoint_without_matching_head(size, tmp_path, cut_off):
-    "`vilt-b32-mlm-itm` as published: the words' head is whole, the matching head lacks, and nothing is scored with it."
+    """`vilt-b32-mlm-itm` as published: the words' head is whole, the matching head lacks, and nothing is
+    scored with it."""
     sizes, texts, shapes = SIZES[size]
     in_hub(tmp_path/'hub', 'dandelin/vilt-b32-mlm-itm', kind=ViltForMaskedLM, **sizes)
     matcher = load_vilt('dandelin/vilt-b32-mlm-itm', tmp_path/'hub')
@@ -208,7 +212,8 @@ def test_size_rule_is_that_of_transformers():
 
 
 def test_pixels_are_those_of_transformers(tmp_path):
-    "The model's input, for small and large pictures, wide and tall, grey and transparent ones; the last on white, where theirs would be black."
+    """The model's input, for small and large pictures, wide and tall, grey and transparent ones; the last
+    on white, where theirs would be black."""
     theirs, rule = ViltImageProcessorPil(size={'shortest_edge': 96}, size_divisor=16), PictureRule(96, 16)
     matcher = stream.Matcher('', stream.Vilt(ViltConfig(**SMALL)), None, rule, '', tmp_path)
     draw, sizes = np.random.default_rng(0), [(200, 100), (33, 57), (96, 96), (97, 95), (31, 300), (500, 90), (20, 19)]
@@ -234,7 +239,8 @@ def crowd(folder):
 
 
 def killed_child(model, work, run, how, at):
-    "Score on from the journal; die at the `at`-th statement of SQL or forward pass, or go slowly until the parent ends it."
+    """Score on from the journal; die at the `at`-th statement of SQL or forward pass, or go slowly until
+    the parent ends it."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill leaves behind
     log, calls = os.open(work/'log', os.O_WRONLY | os.O_APPEND | os.O_CREAT), iter(range(1, 100000))
@@ -281,7 +287,8 @@ def logged(work): return [line.split() for line in (work/'log').read_text().spli
 
 
 def test_killed_ten_times_ends_as_undisturbed(small, tmp_path):
-    "At statements of SQL, within transactions too, at forward passes and at moments of the clock; no unit that was kept is scored again."
+    """At statements of SQL, within transactions too, at forward passes and at moments of the clock; no
+    unit that was kept is scored again."""
     for name in ('whole', 'killed'): (tmp_path/name).mkdir()
     code, lines = run_child(small, tmp_path/'whole', tmp_path/'whole'/'run.csv')
     units = [digest for kind, digest in lines if kind == 'kept']
@@ -558,6 +565,8 @@ def test_start_from_timms_own_file(small, tmp_path):
     torch.manual_seed(0)
     vit = timm.create_model('vit_base_patch32_384', img_size=64, patch_size=16, embed_dim=32, depth=3,
                             num_heads=4, mlp_ratio=2).eval()
+    for module in vit.modules():
+        if isinstance(module, torch.nn.LayerNorm): module.eps = 1e-12  # as `transformers` has it
     torch.save(vit.state_dict(), tmp_path/'jx_vit_base_p32_384-830016f5.pth')
     model = load_vilt(str(small)).model
     start_from_vit(model, 'jx_vit_base_p32_384-830016f5.pth', tmp_path)

@@ -1,4 +1,5 @@
-"""T×V: shapes as in the paper, loss against loops, training that learns, and that finds what it has trained."""
+"""T×V: shapes as in the paper, loss against loops, training that learns, and that finds what it has
+trained."""
 import json
 from dataclasses import replace
 from pathlib import Path

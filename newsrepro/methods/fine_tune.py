@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SPLITS', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'hold_out', 'make_recipe', 'what_is_kept',
-           'DecodedPool', 'load_pool', 'reading', 'pool_pairs', 'part_of_pool', 'pairs_of', 'embed_pool', 'search',
-           'checkpoint_config', 'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key', 'train_copy',
-           'fine_tune', 'label']
+           'DecodedPool', 'load_pool', 'reading', 'pool_pairs', 'part_of_pool', 'pairs_of', 'with_texts', 'embed_pool',
+           'search', 'checkpoint_config', 'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key',
+           'train_copy', 'fine_tune', 'label']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #imports
 import copy, hashlib, json, os
@@ -187,6 +187,14 @@ def pairs_of(part: Collection,  # whose images are looked up
     path = dict(zip(part.images.image_id, part.images.path))
     paths = [path[image] for image in articles.image_id]
     return load_pairs(backbone, texts, paths, backbone.px*9//8 if room else 0, workers=workers)
+
+# %% ../../nbs/methods/12_fine_tune.ipynb #with-texts
+def with_texts(pairs: Pairs,  # whose pictures stay
+               backbone: Backbone,  # says the tokenizer
+               texts: Sequence[str]  # one a pair
+              ) -> Pairs:
+    "The same pictures with other texts."
+    return replace(pairs, tokens=tokenizer(backbone)(list(texts)), text_ids=tuple(texts))
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #embed-pool
 def embed_pool(encoder: Encoder,  # of the pool's architecture

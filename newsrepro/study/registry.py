@@ -236,13 +236,13 @@ CORE = ('profile', 'data', 'device', 'seed', 'out_dir', 'weights')
 
 def check_device(device: str  # as given
                 ) -> str:
-    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`; `resolve_device` says whether it is there."
+    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`."
     if re.fullmatch(r'auto|cpu|cuda(:\d+)?', device): return device
     raise InputError(f"device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 def resolve_device(device: str  # as `check_device` allows
                   ) -> str:
-    "The device torch is to use; `auto`: the GPU where there is one. Raises `InputError` where one asked for is absent."
+    "The device torch is to use; `auto`: the GPU where there is one. raises `InputError` where one is absent."
     import torch
     if check_device(device) == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     index = int(device.partition(':')[2] or 0)
@@ -260,7 +260,8 @@ def parameter_departures(notebook: Notebook,  # whose `free` and `papers_values`
                         ) -> tuple[str, ...]:  # such as 'backbone=RN50'
     "Parameters of the method that are not at the paper's value."
     own = [name for name in declared if name not in (*CORE, *FREE, *notebook.free)]
-    stated = {name: allowed for name, allowed in notebook.papers_values if name in declared}  # one of `FREE` too
+    stated = {name: allowed for name, allowed in notebook.papers_values
+              if name in declared}  # one of `FREE` too
     papers = {name: (declared[name].default,) for name in own} | stated
     off = [name for name in declared if name in papers and values[name] not in papers[name]]
     return tuple(f'{name}={values[name]}' for name in off)
@@ -297,7 +298,7 @@ def command_line(notebook: Notebook,  # that is run
                  declared: Mapping[str, Parameter],  # its parameters
                  values: Mapping[str, Any]  # as run
                 ) -> str:
-    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell in any folder."
+    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell."
     changed = {name: value for name, value in values.items()
                if name != 'out_dir' and value != declared[name].default}
     words = ['newsrepro', 'reproduce', '--only', notebook.name]

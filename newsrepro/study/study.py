@@ -110,7 +110,7 @@ class Sources:
 # %% ../../nbs/study/06a_study.ipynb #open-sources
 def open_sources(s: Settings  # of a notebook with a parameter `translator`
                 ) -> Sources:
-    "Translator and collection, and a line that says what was read; raises `InputError` for what is not there."
+    "Translator and collection, and a line that says what was read; raises `InputError`."
     asked = s.parameters['translator']
     memory = TranslationMemory(cache_dir()/'translations.sqlite')
     translator = find_translator(asked, s.profile, memory, s.weights,
@@ -269,7 +269,7 @@ def write_table(s: Settings,  # of the notebook
                 caption: str,  # one sentence: what is measured, on what
                 departures: Sequence[str] = ()  # from the paper's settings, beyond those of `departures_of`
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv` and `.md`; returns the tidy table. Raises `ValueError` for a table not in the registry."
+    "Write `tables/<name>.csv` and `.md`; returns the tidy table. `ValueError` for a table not in the registry."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
     if isinstance(departures, bool): departures = ()
     departures = [*departures_of(s, collection), *departures]
