@@ -15,7 +15,8 @@ from newsrepro.ranking.retrieve import top_k
 from newsrepro.methods.txv import (TxV, TxVRecipe, as_tensors, both_ranks, fit_txv, margin_ranking_loss,
                                    pretraining_pairs, project, read_matrix, recall_sum, train_txv,
                                    trained_txv, txv_recipe)
-from newsrepro.models.features import Features, share_of_each, split_parts
+from newsrepro.data.splits import share_of_each
+from newsrepro.models.features import Features, split_parts
 
 
 def pairs(n, seed, dims=((12,), (10,)), noise=.3):

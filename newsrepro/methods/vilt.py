@@ -25,7 +25,7 @@ from scipy.stats import binomtest
 from ..core.base import InputError
 from ..data.collection import Collection
 from ..data.pictures import open_image
-from ..data.splits import chronological_split
+from ..data.splits import hold_out
 from ..models.heat_maps import Panel, heat_map, word_span
 from ..models.match import (ORIGINAL, ORIGINAL_RETRIEVAL, ORIGINAL_TASK, MatchRecipe, NewsPairs,
                                     load_news_pairs, pad_pictures, pad_texts, recipe_of, together,
@@ -153,9 +153,8 @@ class NewsSet:
 def training_parts(articles: pd.DataFrame,  # of a training part
                    share: float  # the newest, kept out; 0 = none
                   ) -> list[pd.DataFrame]:  # to learn from, and what is kept out if any
-    "Cut by date; articles without one are the oldest, and as they stand where none has one."
-    dated = articles if articles.date.notna().any() else articles.assign(date=pd.Timestamp(0))
-    return list(chronological_split(dated, 1 - share)) if share else [articles]
+    "Cut by date; warns where dates are missing."
+    return list(hold_out(articles, share=share)) if share else [articles]
 
 # %% ../../nbs/methods/10_vilt.ipynb #load-news-set
 def load_news_set(usable: Collection,  # articles with text and picture
