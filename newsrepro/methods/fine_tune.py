@@ -25,7 +25,6 @@ from ..core.base import PACKAGE, InputError, atomic_path
 from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..core.threads import threads_for
 from ..data.collection import Collection
-from ..data.splits import hold_out
 from ..models.encoding import encode_pictures, encode_tokens
 from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, identity, load_pairs,
