@@ -148,7 +148,9 @@ def rows_at_once(encoder: Encoder,  # whose model and device count
                 ) -> int:  # 1 to `most`
     "Rows of a batch: `most` on a GPU; on the CPU no more than keep the largest tensor within `CACHED`."
     if torch.device(encoder.device).type != 'cpu': return most
-    return max(1, min(most, CACHED[small_model(encoder.model)]//largest_tensor(encoder.model, one)))
+    largest = largest_tensor(encoder.model, one)
+    small = small_model(encoder.model) and largest < 2**20  # few weights do not make a CNN's maps small
+    return max(1, min(most, CACHED[small]//largest))
 
 # %% ../../nbs/models/04a1_encoding.ipynb #encode-fitting
 def encode_fitting(encoder: Encoder,  # whose model is asked
