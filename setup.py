@@ -39,7 +39,7 @@ setup(
                  'License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_name']: ['Snakefile'], cfg['lib_name'] + '.study': ['published.csv', 'templates/*'],
+    package_data={cfg['lib_name']: ['Snakefile'], cfg['lib_name'] + '.study': ['published.csv', '*.json', 'templates/*'],
                   cfg['lib_name'] + '.mini': ['world.json', 'collections.md', 'checkpoints/*', 'checkpoints/*/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'features')},

@@ -1,4 +1,5 @@
-"Reading collections: the official files, every fault named in the notebook, and properties of the table reader."
+"""Reading collections: the official files, every fault named in the notebook, and properties of the table
+reader."""
 import csv, json, os, shutil, subprocess, sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from PIL import Image
 from newsrepro.core.base import InputError, atomic_path
 from newsrepro.data.layouts import check_data, read_collection
 from newsrepro.data.pictures import open_image
-from newsrepro.data.splits import ZHANG_SAMPLE, chronological_split, random_split, sample_pairs
+from newsrepro.data.splits import (ZHANG_SAMPLE, chronological_split, hold_out, random_split, sample_pairs,
+                                   share_of_each)
 from newsrepro.data.tables import parse_dates, read_table, repair_mojibake
 
 pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
@@ -259,8 +261,6 @@ def test_official_files_that_are_refused(news2022):
     text = train.read_text()
     train.write_text(text + text.splitlines()[1] + '\n')
     raises([f'{train} line 4: article id a0 was given before, at {train} line 2'], read_collection, news2022)
-    train.write_text(text.replace('a1', 'a2'))
-    raises(['article id a2 was given before, at', 'RT_train.tsv line 3'], read_collection, news2022)
     train.write_text(text.replace('a1\t', '\t'))
     raises([f'{train} line 3: no article id'], read_collection, news2022)
     train.write_text(text.replace('article', 'story'))
@@ -274,6 +274,171 @@ def test_official_files_that_are_refused(news2022):
     shutil.rmtree(news2022/'RT')
     write(news2022/'more.tsv', [LINKED])
     raises(['more.tsv: of which set?'], read_collection, news2022)
+
+# ---- as people have them ----
+
+def same_content(one, other):
+    "Equal but for what the sets and tables are called."
+    return one.fingerprint == other.fingerprint and {o for o in one.images.status} == {o for o in other.images.status}
+
+def checks_alike(root, expected):
+    "`check_data` counts the same as for the plain official folder."
+    assert check_data(root)['splits'] == check_data(expected)['splits']
+
+@pytest.fixture
+def in_hands(news2022, tmp_path):
+    "A copy of the collection that may be changed, and the one that it came from."
+    return Path(shutil.copytree(news2022, tmp_path/'mine')), news2022
+
+def tables_into(folder, to):
+    "Move the tables of a folder."
+    to.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob('*.tsv')): shutil.move(path, to)
+
+@pytest.mark.parametrize('names', [('train_images', 'test_images'), ('images/train', 'images/test'), ('TrainImages', 'TestImages'),
+    ('training-img', 'testing-img'), ('{}_train_pictures', '{}_test_pictures'), ('train/images', 'test/images')], ids=lambda o: o[0])
+def test_a_picture_folder_for_each_part(in_hands, names):
+    root, before = in_hands
+    for name in ('RSS', 'RT', 'TW'):
+        shutil.move(root/name/'images', root/name/'all')
+        for i in range(4):
+            target = root/name/names[i > 1].format(name)
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.move(root/name/'all'/f'i{i}.jpg', target)
+        (root/name/'all').rmdir()
+    c = read_collection(root)
+    assert same_content(c, read_collection(before)) and (c.images.status == 'ok').all()
+    assert {(Path(o).parent.name, split) for o, split in zip(c.images.path, c.images.split)}.__len__() in (2, 6)
+    checks_alike(root, before)
+
+@pytest.mark.parametrize('name', ['images', 'img', 'imgs', 'Pictures', 'newsimages', 'RT_images', 'photos', 'whatever'])
+def test_other_names_of_the_picture_folder(in_hands, name):
+    root, before = in_hands
+    (root/'RT'/'images').rename(root/'RT'/name)
+    assert same_content(read_collection(root), read_collection(before))
+
+def test_picture_folders_beside_the_sets(in_hands):
+    root, before = in_hands
+    for name in ('RSS', 'RT', 'TW'): shutil.move(root/name/'images', root/f'{name}_images')
+    assert same_content(read_collection(root), read_collection(before))
+
+def test_a_part_without_its_pictures_is_missing_and_never_the_other_parts(in_hands):
+    root, _ = in_hands
+    (root/'RT'/'images').rename(root/'RT'/'train_images')
+    status = read_collection(root).images.groupby(['dataset', 'split']).status.first()
+    assert (status['RT', 'train'], status['RT', 'test'], status['TW', 'test']) == ('ok', 'missing', 'ok')
+
+def test_two_folders_that_could_be_meant_are_refused(in_hands):
+    root, _ = in_hands
+    (root/'TW'/'images').rename(root/'TW'/'new')
+    picture(root/'TW'/'old'/'i0.jpg')
+    raises(['TW: pictures lie in new, old; put them into one folder called images'], read_collection, root)
+
+@pytest.mark.parametrize('where', ['tables', 'data/tables'])
+def test_tables_deeper(in_hands, where):
+    root, before = in_hands
+    for name in ('RSS', 'RT', 'TW'): tables_into(root/name, root/name/where)
+    assert same_content(read_collection(root), read_collection(before))
+    checks_alike(root, before)
+
+@pytest.mark.parametrize('layout', ['official', 'plain'])
+def test_an_archive_that_brings_its_own_folder(news2022, plain, tmp_path, layout):
+    before = news2022 if layout == 'official' else plain
+    (tmp_path/'unpacked').mkdir()
+    shutil.copytree(before, tmp_path/'unpacked'/'NewsImages22', symlinks=True)
+    assert read_collection(tmp_path/'unpacked').articles.equals(read_collection(before).articles)
+    assert check_data(tmp_path/'unpacked')['splits']['train'] == check_data(before)['splits']['train'] or layout == 'plain'
+
+@pytest.mark.parametrize('name, said', [('TW', 'twitter'), ('TW', 'TWITTER'), ('TW', 'Tweets'), ('RT', 'Reuters'), ('RT', 'rt_de'), ('RSS', 'rss_feeds'),
+                                        ('RSS', 'NewsImages22-RSS'), ('TW', 'NewsImages22-TW-v1.1')])
+def test_names_of_sets(in_hands, name, said):
+    root, before = in_hands
+    for path in sorted((root/name).glob('*.tsv')): path.rename(path.with_name(path.name.removeprefix(f'{name}_')))
+    (root/name).rename(root/said)
+    assert same_content(read_collection(root), read_collection(before))
+
+@pytest.mark.parametrize('form', ['NewsImages22-{}-{}.tsv', '{}{}.TSV', 'mediaeval2022_{}_{}_v2.tsv'])
+def test_names_of_tables(in_hands, form):
+    root, before = in_hands
+    for name in ('RSS', 'RT', 'TW'):
+        for path in sorted((root/name).glob('*.tsv')): path.rename(path.with_name(form.format(name, path.stem.removeprefix(f'{name}_'))))
+        shutil.move(root/name, root/f'set{name}')
+    assert same_content(read_collection(root), read_collection(before))
+
+def test_a_set_given_alone(in_hands):
+    root, before = in_hands
+    for path in sorted((root/'TW').glob('*.tsv')): path.rename(path.with_name(path.name.removeprefix('TW_')))
+    (root/'TW').rename(root/'twitter')
+    c = read_collection(root/'twitter')
+    assert (c.layout, c.datasets) == ('newsimages2022', ['TW']) and c.fingerprint == read_collection(before).subset('TW').fingerprint
+
+def test_what_systems_leave_behind(in_hands):
+    root, before = in_hands
+    for name in ('RSS', 'RT', 'TW'):
+        for path in [*(root/name).glob('*.tsv'), *(root/name/'images').glob('*.jpg')]:
+            path.with_name(f'._{path.name}').write_bytes(b'\0\5\26\7')
+            shade = root/'__MACOSX'/path.relative_to(root)
+            shade.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, shade)
+        (root/name/'images'/'.DS_Store').touch(), (root/name/'images'/'Thumbs.db').touch()
+    assert same_content(read_collection(root), read_collection(before))
+    assert all(o['files'] == 5 and o['no_picture'] == 1 for o in check_data(root)['folders'].values())  # Thumbs.db is seen
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_byte_order_marks_and_line_ends_of_windows(in_hands, encoding):
+    root, before = in_hands
+    for path in root.rglob('*.tsv'): path.write_bytes(path.read_text().replace('\n', '\r\n').encode(encoding))
+    assert same_content(read_collection(root), read_collection(before))
+
+def test_upper_case_extensions(in_hands):
+    root, before = in_hands
+    for path in [*root.rglob('*.tsv'), *root.rglob('*.jpg')]: path.rename(path.with_suffix(path.suffix.upper()))
+    assert same_content(read_collection(root), read_collection(before))
+
+def test_an_article_id_in_both_parts_is_kept_apart(news2022):
+    train = news2022/'RT'/'RT_train.tsv'
+    train.write_text(train.read_text().replace('a1', 'a2'))  # the test has an a2, too
+    c = read_collection(news2022)
+    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'train:a2': 'i1'} and c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'}
+    assert len(c.subset('RT').truth) == 4 and c.usable()[1] == {}
+    said = 'RT: article ids in training and in test: 1 (a2), kept apart: in training they begin with train:'
+    assert said in c.problems and said in check_data(news2022)['problems']
+    part = c.restrict(c.articles[c.articles.article_id == 'a2'].query("dataset == 'RT'"))
+    assert part.truth == {'a2': 'i2'}
+
+@pytest.mark.parametrize('alike', [True, False])
+def test_an_image_id_in_both_parts(news2022, alike):
+    "One picture keeps its name; two pictures get two."
+    root = news2022/'RT'
+    (root/'images').rename(root/'test_images')
+    train = root/'RT_train.tsv'
+    train.write_text(train.read_text().replace('i1', 'i2'))
+    picture(root/'train_images'/'i0.jpg')
+    if alike: shutil.copy(root/'test_images'/'i2.jpg', root/'train_images')
+    else: picture(root/'train_images'/'i2.jpg', 'black')
+    c = read_collection(news2022)
+    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'a1': 'i2' if alike else 'train:i2'} and c.usable()[1] == {}
+    paths = c.subset('RT').images.set_index(['split', 'image_id']).path
+    assert 'train_images' in paths['train', 'i2' if alike else 'train:i2'] and 'test_images' in paths['test', 'i2']
+
+def test_a_plain_table_may_have_an_id_in_both_parts(tmp_path):
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id', 'split'], ['1', 'a', 'x', 'train'], ['1', 'b', 'y', 'test']])
+    for folder, name in (('train_images', 'x'), ('test_images', 'y')): picture(tmp_path/folder/f'{name}.jpg')
+    c = read_collection(tmp_path)
+    assert c.truth == {'train:1': 'x', '1': 'y'} and (c.images.status == 'ok').all()
+
+def test_case_of_file_names(tmp_path):
+    "Hashed ids may differ in case alone: then only the exact name is the file of an id."
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id', 'imgFile'], *[[i, 'a', o, ''] for i, o in enumerate('aBcCdD')], ['9', 'a', 'z', 'E.JPG']])
+    for name in ('A.jpg', 'b.PNG', 'C.jpg', 'd.jpg', 'D.jpg', 'e.jpg'): picture(tmp_path/'images'/name, 'blue' if name.isupper() else 'red')
+    images = read_collection(tmp_path).images.set_index('image_id')
+    assert {i: Path(o).name for i, o in images.path.items()} == dict(a='A.jpg', B='b.PNG', c='', C='C.jpg', d='d.jpg', D='D.jpg', z='e.jpg')
+    assert images.status['c'] == 'missing'
+    picture(tmp_path/'images'/'a.png')  # now two files differ in case alone, and one of them is it
+    assert Path(read_collection(tmp_path).images.set_index('image_id').path['a']).name == 'a.png'
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id'], ['1', 'a', 'Ab']])
+    for name in ('AB.jpg', 'ab.jpg'): picture(tmp_path/'images'/name)
+    assert read_collection(tmp_path).images.status.tolist() == ['missing']
 
 def test_half_a_collection_is_refused(tmp_path):
     write(tmp_path/'texts.tsv', [['articleID', 'title', 'text'], ['1', 'a', 'b']])
@@ -410,6 +575,23 @@ def test_sample_has_its_composition_and_exactly_its_images(tmp_path):
     assert 'drawn from all sets together' in sample_pairs(c.subset('RT')).problems[-1] and len(sample_pairs(c.subset('RT')).truth) == 30
     assert len(sample_pairs(c, 10, composition=None).truth) == 10
 
+def test_a_sample_is_of_the_training_part(news2022):
+    part = sample_pairs(read_collection(news2022), 6, dict(RSS=1, RT=1, TW=1))
+    assert set(part.articles.split) == {'train'} and len(part.truth) == 6 and 'from the training part' in part.problems[-1]
+    test = read_collection(news2022).subset(split='test')
+    part = sample_pairs(test, 6, dict(RSS=1, RT=1, TW=1))
+    assert set(part.articles.split) == {'test'} and len(part.truth) == 6 and 'no training part' in part.problems[-1]
+
+def test_a_share_of_each_set():
+    sizes = dict(RSS=400, RT=1925, TW=4410)  # training parts of 2022, as Table 1.B of Galanopoulos & Mezaris implies
+    articles = pd.DataFrame([(o, str(i)) for o, n in sizes.items() for i in range(n)], columns=['dataset', 'article_id'])
+    learn, held = share_of_each(articles, .8, seed=1)
+    assert held.dataset.value_counts().to_dict() == dict(TW=882, RT=385, RSS=80) and len(learn) + len(held) == len(articles)
+    shuffled = articles.sample(frac=1, random_state=0)
+    assert set(share_of_each(shuffled, .8, seed=1)[1].index) == set(held.index) != set(share_of_each(articles, .8, seed=2)[1].index)
+    doubled = articles.set_axis([0]*len(articles))  # whatever the index is
+    assert share_of_each(doubled, .8, seed=1)[1].values.tolist() == held.values.tolist()
+
 def test_sample_of_nothing(tmp_path):
     write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id'], ['1', 'a', 'x']])
     part = sample_pairs(read_collection(tmp_path))
@@ -419,16 +601,39 @@ def test_sample_of_nothing(tmp_path):
 @given(st.lists(st.one_of(st.none(), st.integers(1, 5)), min_size=1, max_size=30).filter(any), st.floats(.05, .95))
 def test_chronological_split_holds_out_what_is_newest(days, fraction):
     articles = pd.DataFrame(dict(article_id=[str(i) for i in range(len(days))], date=pd.to_datetime([d and f'2022-01-0{d}' for d in days])))
+    if 0 < sum(d is None for d in days) > round(fraction * len(days)) < len(days):
+        raises(['have no date', 'split at random'], chronological_split, articles, fraction)
+        return
     old, new = chronological_split(articles, fraction)
-    assert sorted([*old.article_id, *new.article_id]) == sorted(articles.article_id) and len(old) == round(fraction * len(days))
+    assert new.date.notna().all() and sorted([*old.article_id, *new.article_id]) == sorted(articles.article_id) and len(old) == round(fraction * len(days))
     if old.date.notna().any() and len(new): assert old.date.max() <= new.date.min()
     ties = pd.concat([old, new])
     assert all(rows.article_id.astype(int).is_monotonic_increasing for _, rows in ties.groupby('date', dropna=False))
 
 def test_splits_that_are_refused():
     articles = pd.DataFrame(dict(dataset='A', article_id=['1'], date=pd.to_datetime([None])))
-    raises(['no article has a date'], chronological_split, articles)
-    raises(['fraction 2: must lie between 0 and 1'], random_split, articles, 2)
+    two = pd.concat([articles]*2)
+    raises(['2 of 2 articles have no date'], chronological_split, two, .5)
+    for split in (random_split, chronological_split, share_of_each):
+        for fraction in (2, 0, -.1, float('nan')): raises([f'fraction {fraction}: must lie above 0'], split, two, fraction)
+    raises(['share 1 to hold out'], hold_out, two, 'random', 1)
+    raises(["split 'newest': use chronological or random"], hold_out, two, 'newest')
+
+@pytest.mark.parametrize('split', ['chronological', 'random'])
+@pytest.mark.parametrize('dates', ['all', 'some', 'none'])
+def test_nothing_is_held_out_where_nothing_is_asked_for(split, dates, recwarn):
+    articles = pd.DataFrame(dict(dataset='A', article_id=list('abcd'), date=pd.date_range('2022-01-01', periods=4)))
+    articles['date'] = articles.date.where(articles.index < dict(all=4, some=2, none=0)[dates])
+    learn, held = hold_out(articles, split, 0)
+    assert learn.equals(articles) and len(held) == 0 and list(held) == list(articles) and not recwarn.list
+
+def test_missing_dates_are_never_passed_over_in_silence():
+    articles = pd.DataFrame(dict(dataset='A', article_id=list('abcd'), date=pd.to_datetime([None, '2022-02-01', None, '2022-01-01'])))
+    with pytest.warns(UserWarning, match='A: 2 of 4 articles have no date: they count as the oldest'): learn, held = hold_out(articles, share=.5)
+    assert held.article_id.tolist() == ['d', 'b']
+    with pytest.warns(UserWarning): raises(['2 of 4 articles have no date'], hold_out, articles, 'chronological', .75)
+    with pytest.warns(UserWarning, match='4 of 4 articles have no date: the order of the table stands for time'):
+        assert hold_out(articles.assign(date=pd.NaT), share=.25)[1].article_id.tolist() == ['d']
 
 
 def test_a_parquet_table_whose_text_is_no_utf8_is_refused(tmp_path):

@@ -1,4 +1,6 @@
 "The measures against a plain restatement of the official rules and against `ranx`, on random runs."
+from itertools import permutations
+
 import numpy as np
 import pytest
 import ranx
@@ -6,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newsrepro.core.base import InputError
-from newsrepro.ranking.metrics import MEASURES, measure, rank_by_score, rank_of_truth, summarise, tie_order
+from newsrepro.ranking.metrics import (MEASURES, holm, measure, rank_by_score, rank_of_truth, summarise,
+                                       tie_order)
 
 steady = settings(deadline=None, derandomize=True)
 
 
 def official(retrieved: dict, truth: dict) -> dict:
-    "The organisers' rules, sentence by sentence: first right id among the first 100, sums over the found, divided by all"
+    """The organisers' rules, sentence by sentence: first right id among the first 100, sums over the
+    found, divided by all"""
     positions = []
     for article, image in truth.items():
         for position, candidate in enumerate(retrieved.get(article, [])[:100], start=1):
@@ -64,7 +68,8 @@ def test_tie_order_is_a_permutation_that_forgets_the_stored_order(ids, random):
 @settings(steady, max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, 3))
 def test_equal_scores_favour_no_image(seed, levels):
-    "Coarse scores that know nothing: renaming the images moves the mean to chance, and no stored place is better off"
+    """Coarse scores that know nothing: renaming the images moves the mean to chance, and no stored place
+    is better off"""
     rng = np.random.default_rng(seed)
     n = 211
     scores = rng.integers(0, levels, (n, n))
@@ -78,7 +83,8 @@ def test_equal_scores_favour_no_image(seed, levels):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_ranx_agrees(seed):
-    "Runs with ties, missing articles and short lists; ranx sorts by score, so it gets the place in the list as one"
+    """Runs with ties, missing articles and short lists; ranx sorts by score, so it gets the place in the
+    list as one"""
     rng = np.random.default_rng(seed)
     n, m = 37, 131
     images, articles = [f'i{j}' for j in range(m)], [f'a{j}' for j in range(n)]
@@ -94,7 +100,8 @@ def test_ranx_agrees(seed):
     run = ranx.Run({a: {i: 1 / place for place, i in enumerate(x, start=1)} for a, x in retrieved.items()})
     ks = (1, 5, 10, 20, 50, 100)
     names = ['mrr@100', *(f'{kind}@{k}' for kind in ('recall', 'hit_rate') for k in ks)]
-    theirs = ranx.evaluate(qrels, run, names, make_comparable=True)   # adds the missing articles, as not found
+    theirs = ranx.evaluate(qrels, run, names,
+                           make_comparable=True)   # adds the missing articles, as not found
 
     ours = summarise(rank_of_truth(retrieved, truth))
     assert 0 < ours['R@1'] < ours['R@100'] < 1
@@ -112,3 +119,15 @@ def test_a_name_is_a_measure_or_refused(name):
     try: values = measure([1, 3, 0], name)
     except InputError as e: assert not right and 'MRR, MRR@K and R@K' in str(e) and '\n' not in str(e)
     else: assert right and values[2] == 0 and values[0] == 1
+
+
+def test_holm_rejects_what_the_procedure_rejects():
+    "Against the procedure as Holm states it: go up from the smallest while p is below level/(tests left)."
+    for p in permutations((.004, .012, .03, .2)):
+        for level in (.01, .02, .05, .1, .3):
+            rejected, left = set(), len(p)
+            for value in sorted(p):
+                if value*left >= level: break
+                rejected.add(value)
+                left -= 1
+            assert {value for value, corrected in zip(p, holm(p)) if corrected < level} == rejected

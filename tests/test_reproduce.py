@@ -1,19 +1,26 @@
 """`newsrepro reproduce` on a study of toys: what is refused, skipped, resumed, kept."""
+import html
 import json
 import os
 import random
+import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
-from newsrepro.core.base import PACKAGE
+from newsrepro.core.base import PACKAGE, InputError
+from newsrepro.data.layouts import find_layout, read_collection
+from newsrepro.study.plan import Request, identity_of, make_plan, plan_from_config
 from newsrepro.study.registry import Notebook, notebook_parameters
-from newsrepro.study.reproduce import identity_of, make_plan
+from newsrepro.study.study import mini_root
 
 CORE = '''profile: str = 'mini'  # which checkpoints
 data: str = 'mini'  # which collection
@@ -23,50 +30,72 @@ out_dir: str = ''  # where results go
 weights: str = ''  # folder of checkpoints
 '''
 WRITE = '''from pathlib import Path
-(Path(out_dir)/'tables').mkdir()
+(Path(out_dir)/'tables').mkdir(exist_ok=True)
 _ = (Path(out_dir)/'tables'/'{0}.csv').write_text(f'value\\n{{{1}}}\\n')'''
 SLEEP = 'import time; time.sleep(.3)'
 SOURCES = {
     '1_square': (CORE + 'side: int = 3  # length of the side', WRITE.format('square', 'side**2')),
-    '2_double': (CORE + 'factor: float = 2.0  # by which', SLEEP, SLEEP, WRITE.format('double', 'factor*seed')),
-    '3_broken': (CORE + 'zero: int = 0  # what to divide by', 'x = 1', 'x/zero', WRITE.format('broken', 'x')),
+    '2_double': (CORE + 'factor: float = 2.0  # by which', SLEEP, SLEEP,
+                 WRITE.format('double', 'factor*seed')),
+    '3_broken': (CORE + 'zero: int = 0  # what to divide by', 'x = 1\n' + WRITE.format('early', 'x'),
+                 'x/zero', WRITE.format('broken', 'x')),
     '4_reader': (CORE, WRITE.format('reader', '1')),
     '5_killed': (CORE, 'import os; os._exit(9)'),
 }
-STUDY = (Notebook('1_square', 'toy', 'A square', ('square',)), Notebook('2_double', 'toy', 'Its double', ('double',), after=('1_square',)),
-         Notebook('3_broken', 'toy', 'A failure', ('broken',)), Notebook('4_reader', 'toy', 'Reads it', ('reader',), after=('3_broken',)),
+STUDY = (Notebook('1_square', 'toy', 'A square', ('square',)),
+         Notebook('2_double', 'toy', 'Its double', ('double',), after=('1_square',)),
+         Notebook('3_broken', 'toy', 'A failure', ('broken',)),
+         Notebook('4_reader', 'toy', 'Reads it', ('reader',), after=('3_broken',)),
          Notebook('5_killed', 'toy', 'Its kernel dies', ()))
 # the real command, on the toys
 DRIVER = '''import sys
 from functools import partial
 from pathlib import Path
 from newsrepro import cli
-from newsrepro.study import reproduce
+from newsrepro.study import plan, reproduce
 from newsrepro.study.registry import Notebook
 study, folder = eval(sys.argv.pop(1)), Path(sys.argv.pop(1))
-for name in ('reproduce', 'overview'): setattr(reproduce, name, partial(getattr(reproduce, name), notebooks=study, folder=folder))
+for module, name in ((reproduce, 'reproduce'), (plan, 'overview')):
+    setattr(module, name, partial(getattr(module, name), notebooks=study, folder=folder))
 cli.main()'''
 
 
 @pytest.fixture(scope='module')
 def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp('toys')
-    for name, sources in SOURCES.items():
-        cells = [dict(cell_type='code', id=f'cell-{i}', metadata={} if i else {'tags': ['parameters']}, execution_count=None, outputs=[], source=source)
-                 for i, source in enumerate(sources)]
-        (folder/f'{name}.ipynb').write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=dict(
-            kernelspec=dict(display_name='python3', language='python', name='python3')))))
+    for name, sources in SOURCES.items(): write_notebook(folder/f'{name}.ipynb', sources)
     return folder
+
+
+def write_notebook(path: Path, sources) -> None:
+    "A notebook of code cells, the first of them tagged `parameters`."
+    cells = [dict(cell_type='code', id=f'cell-{i}', metadata={} if i else {'tags': ['parameters']},
+                  execution_count=None, outputs=[], source=source) for i, source in enumerate(sources)]
+    kernel = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    path.write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=kernel)))
 
 
 @pytest.fixture(scope='module')
 def command(toys):
-    return lambda *arguments: [sys.executable, '-c', DRIVER, repr(STUDY), str(toys), *map(str, arguments)]
+    return partial(driver, STUDY, toys)
+
+
+def driver(study, folder, *arguments):
+    return [sys.executable, '-c', DRIVER, repr(study), str(folder), *map(str, arguments)]
+
+
+RUN = dict(capture_output=True, text=True, timeout=300)  # a net, not a measure
 
 
 @pytest.fixture(scope='module')
 def newsrepro(command):
-    return lambda *arguments, **options: subprocess.run(command(*arguments), **{'capture_output': True, 'text': True, 'timeout': 100} | options)
+    return lambda *arguments, **options: subprocess.run(command(*arguments), **RUN | options)
+
+
+def cpu_seconds() -> float:
+    "That ended children of this process have used, however busy the machine is."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 GOOD = ['--only', '2_double', '--set', '1_square.side=7', '--set', '2_double.seed=5']
@@ -81,7 +110,8 @@ def home(tmp_path_factory):
 def study(newsrepro, home):
     "A finished report of the two notebooks that work, made in an empty directory with an empty home."
     out = home.with_name('study')/'report {x}'  # a name that shells and format strings would trip over
-    env = {name: value for name, value in os.environ.items() if not name.startswith(('XDG_', 'JUPYTER', 'IPYTHON', 'HF_', 'MPL'))}
+    tools = ('XDG_', 'JUPYTER', 'IPYTHON', 'HF_', 'MPL')
+    env = {name: value for name, value in os.environ.items() if not name.startswith(tools)}
     env |= {'HOME': str(home), 'NEWSREPRO_CACHE': str(home.with_name('cache'))}
     done = newsrepro('reproduce', *GOOD, '--out', out, env=env, cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,7 +123,8 @@ def tables(out: Path) -> dict[str, bytes]:
 
 
 def states(newsrepro, out: Path) -> dict[str, str]:
-    return {n['name']: n['state'] for n in json.loads(newsrepro('list', '--out', out, '--json').stdout)['notebooks']}
+    listed = json.loads(newsrepro('list', '--out', out, '--json').stdout)
+    return {row['name']: row['state'] for row in listed['notebooks']}
 
 
 def test_parameters_arrive(study):
@@ -103,9 +134,12 @@ def test_parameters_arrive(study):
 def test_report_has_what_the_design_says(study):
     manifest = json.loads((study/'manifest.json').read_text())
     entry = manifest['notebooks']['1_square']
-    assert manifest['profile'] == manifest['data'] == 'mini' and manifest['seeds'] == {'1_square': 0, '2_double': 5}
-    assert {'seconds', 'peak_memory_mb', 'commit', 'libraries', 'parameters', 'files'} <= set(entry) and entry['peak_memory_mb'] > 10
-    assert {path.name for path in study.iterdir()} == {'index.html', 'manifest.json', 'notebooks', 'tables', '.state'}
+    assert manifest['profile'] == manifest['data'] == 'mini'
+    assert manifest['seeds'] == {'1_square': 0, '2_double': 5}
+    assert {'seconds', 'peak_memory_mb', 'commit', 'libraries', 'parameters', 'files'} <= set(entry)
+    assert entry['peak_memory_mb'] > 10
+    made = {path.name for path in study.iterdir()}
+    assert made == {'index.html', 'manifest.json', 'notebooks', 'tables', '.state'}
     assert 'newsrepro reproduce --only 1_square --set 1_square.side=7' in (study/'index.html').read_text()
 
 
@@ -114,35 +148,48 @@ def test_home_stays_empty(study, home):
 
 
 def test_a_second_run_does_nothing_and_is_quick(newsrepro, study):
-    before = {path: path.stat().st_mtime_ns for path in study.rglob('*') if path.is_file() and '.state' not in path.parts}
-    began = time.perf_counter()
+    seen = [path for path in study.rglob('*') if path.is_file() and '.state' not in path.parts]
+    before = {path: path.stat().st_mtime_ns for path in seen}
+    began = cpu_seconds()
     done = newsrepro('reproduce', *GOOD, '--out', study)
     assert done.returncode == 0 and done.stdout.count('up to date') == 2
-    assert time.perf_counter() - began < 10
+    assert cpu_seconds() - began < 10
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_force_gives_the_same_bytes(newsrepro, study):
     before, notebook = tables(study), study/'notebooks'/'1_square.ipynb'
     stamp = notebook.stat().st_mtime_ns
-    assert newsrepro('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', study, '--force').returncode == 0
+    square = ['--only', '1_square', '--set', '1_square.side=7']
+    again = newsrepro('reproduce', *square, '--out', study, '--force')
+    assert again.returncode == 0
     assert tables(study) == before and notebook.stat().st_mtime_ns != stamp
     assert states(newsrepro, study)['2_double'] == 'stale: 1_square was run again'
 
 
 def test_a_failure_leaves_the_others_and_shows_its_cell(newsrepro, study):
     before = tables(study)
-    done = newsrepro('reproduce', *GOOD, '--only', '4_reader', '--only', '5_killed', '--out', study, '--jobs', 2)
+    more = ['--only', '4_reader', '--only', '5_killed']
+    done = newsrepro('reproduce', *GOOD, *more, '--out', study, '--jobs', 2)
     assert done.returncode == 1
     said = done.stdout + done.stderr
-    for part in ('3_broken', 'cell-2', 'x/zero', 'ZeroDivisionError: division by zero', '4_reader  not run: it reads the results of 3_broken',
+    for part in ('3_broken', 'cell-2', 'x/zero', 'ZeroDivisionError: division by zero',
+                 '4_reader  not run: it reads the results of 3_broken',
                  '5_killed failed in cell', 'cell-1', 'os._exit(9)', 'Kernel died'):
         assert part in said, said
-    assert tables(study) == before and set(json.loads((study/'manifest.json').read_text())['notebooks']) == {'1_square', '2_double'}
-    assert states(newsrepro, study) == {'1_square': 'up to date', '2_double': 'up to date', '3_broken': 'failed', '4_reader': 'never run', '5_killed': 'failed'}
+    assert tables(study) == before
+    assert set(json.loads((study/'manifest.json').read_text())['notebooks']) == {'1_square', '2_double'}
+    assert states(newsrepro, study) == {
+        '1_square': 'up to date', '2_double': 'up to date', '3_broken': 'failed', '4_reader': 'never run',
+        '5_killed': 'failed'}
+    # what it had written is not lost
+    kept = study/'.state'/'failed'/'3_broken'
+    assert f'3_broken had written 1 file before, kept in {kept}' in said, said
+    assert (kept/'tables'/'early.csv').read_bytes() == b'value\n1\n'
     # mended, it runs
-    assert newsrepro('reproduce', '--only', '3_broken', '--set', '3_broken.zero=1', '--out', study).returncode == 0
-    assert states(newsrepro, study)['3_broken'] == 'up to date'
+    mended = ['--only', '3_broken', '--set', '3_broken.zero=1']
+    assert newsrepro('reproduce', *mended, '--out', study).returncode == 0
+    assert states(newsrepro, study)['3_broken'] == 'up to date' and not kept.exists()
 
 
 @pytest.mark.parametrize('arguments, said', [
@@ -164,7 +211,8 @@ def test_a_wrong_request_is_refused_before_anything_runs(newsrepro, tmp_path, ar
     done = newsrepro('reproduce', *(a.format(tmp=tmp_path) for a in arguments), *out)
     assert (done.returncode, done.stderr.count('\n')) == (2, 1), done.stderr
     assert done.stderr.startswith('newsrepro: error: ') and said in done.stderr
-    assert not (tmp_path/'report'/'tables').exists() and not (tmp_path/'report'/'.state'/'plan.json').exists()
+    assert not (tmp_path/'report'/'tables').exists()
+    assert not (tmp_path/'report'/'.state'/'plan.json').exists()
 
 
 def below(process) -> list[psutil.Process]:
@@ -201,12 +249,14 @@ def test_resumes_after_kill_9_at_any_moment(command, newsrepro, study, tmp_path)
     assert tables(out) == {'square.csv': b'value\n49\n', 'double.csv': b'value\n10.0\n'}
     assert gone(left)
     assert set(states(newsrepro, out).values()) == {'up to date', 'never run'}
-    assert not [path for path in out.rglob('*') if path.is_file() and path.parent in (out/'tables', out/'notebooks') and path.suffix not in ('.csv', '.ipynb')]
+    shown = [path for kind in ('tables', 'notebooks') for path in (out/kind).iterdir()]
+    assert {path.suffix for path in shown} == {'.csv', '.ipynb'}
 
 
 def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):
     out = tmp_path/'report'
-    process = subprocess.Popen(command('reproduce', '--only', '2_double', '--out', out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = command('reproduce', '--only', '2_double', '--out', out)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (out/'.state'/'running'/'1_square.json').exists())
     # another command on the same report is refused meanwhile
     second = newsrepro('reproduce', '--only', '1_square', '--out', out)
@@ -220,25 +270,31 @@ def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):
 
 def test_the_workflow_runs_without_the_command(study):
     "As on a cluster: Snakemake alone plans the job whose marker is gone, and no other."
-    (study/'.state'/'plan.json').write_text(json.dumps(dict(notebooks={'1_square': [], '2_double': ['1_square']}, threads=1)))
+    plan = dict(notebooks={'1_square': [], '2_double': ['1_square']}, threads=1)
+    (study/'.state'/'plan.json').write_text(json.dumps(plan))
     (study/'.state'/'done'/'2_double').unlink()
-    done = subprocess.run([sys.executable, '-m', 'snakemake', '-n', '-s', str(PACKAGE/'Snakefile'), '--config', f'state={study}/.state',
-                           '--cores', '1', '--rerun-triggers', 'mtime'], capture_output=True, text=True, cwd=study.parent)
+    words = ['-n', '-s', PACKAGE/'Snakefile', '--config', f'state={study}/.state', '--cores', 1,
+             '--rerun-triggers', 'mtime']
+    done = subprocess.run([sys.executable, '-m', 'snakemake', *map(str, words)], **RUN, cwd=study.parent)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines() if 'output: done/' in line] == ['done/2_double']
+    planned = [line.split()[1] for line in done.stdout.splitlines() if 'output: done/' in line]
+    assert planned == ['done/2_double']
 
 
-@pytest.mark.parametrize('name', ['out #2', 'out: b', 'a folder with [c] in it', '{"x": 1}', "it's", 'münchen'])
+@pytest.mark.parametrize('name', ['out #2', 'out: b', 'a folder with [c] in it', '{"x": 1}', "it's",
+                                  'münchen'])
 def test_any_path_will_do_and_is_shown_as_it_is(newsrepro, tmp_path, name):
     done = newsrepro('reproduce', '--only', '1_square', '--out', tmp_path/name)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path/name/'tables'/'square.csv').is_file() and f'report: {tmp_path/name}/index.html' in done.stdout
+    assert (tmp_path/name/'tables'/'square.csv').is_file()
+    assert f'report: {tmp_path/name}/index.html' in done.stdout
 
 
 def test_a_log_tells_when_each_notebook_starts_and_ends(newsrepro, tmp_path):
     said = newsrepro('reproduce', *GOOD, '--out', tmp_path/'report').stdout.splitlines()
-    began, ended = [line.split()[1] for line in said if line.startswith('▶')], [line.split()[1] for line in said if line.startswith('✓')]
-    assert began == ended == ['1_square', '2_double']
+    for mark in '▶✓':
+        names = [line.split()[1] for line in said if line.startswith(mark)]
+        assert names == ['1_square', '2_double']
 
 
 def test_a_terminal_without_the_marks_ends_no_study(newsrepro, tmp_path):
@@ -253,7 +309,8 @@ def small_disk(tmp_path):
     "A disk of one megabyte."
     folder = tmp_path/'disk'
     folder.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], capture_output=True).returncode: pytest.skip('no leave to mount a small disk')
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], capture_output=True)
+    if mounted.returncode: pytest.skip('no leave to mount a small disk')
     yield folder
     subprocess.run(['umount', '-l', folder], check=True)
 
@@ -272,11 +329,14 @@ def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(newsrepro, small_d
 
 
 def test_a_user_without_a_name_and_a_home(newsrepro, tmp_path):
-    "As containers and clusters have them: the user's id has no entry, in this process and in all that it starts."
+    "As containers and clusters have them: the user's id has no entry, here and in all that is started."
     (tmp_path/'site').mkdir()
-    (tmp_path/'site'/'sitecustomize.py').write_text("import pwd\ndef nobody(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\npwd.getpwuid = nobody\n")
-    env = {name: value for name, value in os.environ.items() if name not in ('HOME', 'USER', 'LOGNAME', 'LNAME', 'USERNAME')}
-    done = newsrepro('reproduce', '--only', '1_square', '--out', tmp_path/'report', env=env | {'PYTHONPATH': str(tmp_path/'site')})
+    nobody = "def nobody(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')"
+    (tmp_path/'site'/'sitecustomize.py').write_text(f'import pwd\n{nobody}\npwd.getpwuid = nobody\n')
+    names = ('HOME', 'USER', 'LOGNAME', 'LNAME', 'USERNAME')
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {'PYTHONPATH': os.pathsep.join([str(tmp_path/'site'), env.get('PYTHONPATH', '')])}
+    done = newsrepro('reproduce', '--only', '1_square', '--out', tmp_path/'report', env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -301,9 +361,167 @@ def test_parameters_are_those_that_papermill_finds(toys):
     from newsrepro.study.registry import NOTEBOOKS
     for path in [toys/'2_double.ipynb', *(notebooks_dir()/f'{n.name}.ipynb' for n in NOTEBOOKS)]:
         theirs = papermill.inspect_notebook(path)
-        assert {name: p['help'] for name, p in theirs.items()} == {name: p.help for name, p in notebook_parameters(path).items()}
+        ours = {name: parameter.help for name, parameter in notebook_parameters(path).items()}
+        assert {name: parameter['help'] for name, parameter in theirs.items()} == ours
 
 
 def test_the_registry_makes_a_plan(tmp_path):
-    plan = make_plan(out=tmp_path/'report')
-    assert plan and all(set(job.after) <= {earlier.name for earlier in plan[:i]} for i, job in enumerate(plan))
+    plan = make_plan(Request(out=tmp_path/'report'))
+    assert plan
+    for i, job in enumerate(plan): assert set(job.after) <= {earlier.name for earlier in plan[:i]}
+
+
+# -- collections of two years
+
+def official(root: Path, folder: str) -> Path:
+    "A small collection: in the layout of 2022 where `folder` is a set's, in that of 2021 where it is ''."
+    (root/folder/'images').mkdir(parents=True)
+    for part, ids in (('train', range(12)), ('test', range(12, 17))):
+        rows = ['article\ttitle\tiid', *(f'{i}\tTitle {i}\tp{i}' for i in ids)]
+        (root/folder/f'{part}.tsv').write_text('\n'.join(rows))
+        for i in ids: Image.new('RGB', (8, 8), (i*8, 0, 0)).save(root/folder/'images'/f'p{i}.png')
+    return root
+
+
+YEARS = (Notebook('1_old', 'liang2021', 'Of 2021', ('old',)),
+         Notebook('2_new', 'vu2022', 'Of 2022', ('new',)),
+         Notebook('3_reader', 'vu2022', 'Reads it', ('reader',), after=('2_new',)))
+
+
+@pytest.fixture(scope='module')
+def years(tmp_path_factory):
+    "Notebooks of two years, each of which writes the folder it was run on; and the collections."
+    root = tmp_path_factory.mktemp('years')
+    for notebook in YEARS:
+        source = WRITE.format(*notebook.tables, 'Path(data).name')
+        write_notebook(root/f'{notebook.name}.ipynb', (CORE, source))
+    official(root/"news of 2021, it's", '')
+    for name in ('d22', 'other22'): official(root/name, 'RSS')
+    (root/'plain'/'images').mkdir(parents=True)
+    (root/'plain'/'articles.csv').write_text('article_id,title,image_id\n1,Rain,a\n')
+    return root
+
+
+D21 = "news of 2021, it's"
+
+
+@pytest.fixture(scope='module')
+def on_years(years):
+    "The command, in the folder that holds the collections."
+    return lambda *words: subprocess.run(driver(YEARS, years, 'reproduce', *words), cwd=years, **RUN)
+
+
+def data(*folders) -> list: return [word for folder in folders for word in ('--data', folder)]
+
+
+@pytest.fixture(scope='module')
+def two_years(on_years, years, tmp_path_factory):
+    "A report made from both collections, one of them named by a relative path and twice."
+    out = tmp_path_factory.mktemp('two')/'report'
+    done = on_years(*data('d22', years/D21, years/'d22'), '--out', out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+BOTH = {'old.csv': f'value\n{D21}\n'.encode(), 'new.csv': b'value\nd22\n', 'reader.csv': b'value\nd22\n'}
+
+
+def test_each_notebook_takes_its_papers_year(on_years, years, two_years):
+    assert tables(two_years) == BOTH
+    manifest = json.loads((two_years/'manifest.json').read_text())
+    assert set(manifest['data']) == {str(years/D21), str(years/'d22')}
+    assert manifest['notebooks']['1_old']['parameters']['data'] == str(years/D21)
+    page = html.unescape((two_years/'index.html').read_text())
+    assert f'{years/D21} · {years/"d22"}' in page
+    listed = subprocess.run(driver(YEARS, years, 'list', '--out', two_years, '--json'), **RUN)
+    found = [row['data'] for row in json.loads(listed.stdout)['notebooks']]
+    assert found == [str(years/D21)] + [str(years/'d22')]*2
+
+
+def test_the_order_of_the_folders_does_not_matter(on_years, years, two_years):
+    done = on_years(*data(D21, 'd22'), '--out', two_years)
+    assert done.returncode == 0 and done.stdout.count('up to date') == 3, done.stdout
+
+
+def test_a_plan_says_which_notebook_takes_which(on_years, years, tmp_path):
+    done = on_years(*data(D21, 'd22'), '--out', tmp_path/'out', '--dry-run', '--json')
+    assert [one['data'] for one in json.loads(done.stdout)['notebooks']] == [
+        f'{D21} (newsimages2021)', 'd22 (newsimages2022)', 'd22 (newsimages2022)']
+
+
+def test_a_command_can_be_pasted_anywhere(years, two_years, tmp_path):
+    "Through a shell, in another folder: it finds the same data, so that nothing is left to do."
+    for name, entry in json.loads((two_years/'manifest.json').read_text())['notebooks'].items():
+        program, rest = entry['command'].split(' ', 1)
+        assert program == 'newsrepro'
+        line = f"{shlex.join(driver(YEARS, years))} {rest} --out {shlex.quote(str(two_years))}"
+        done = subprocess.run(line, shell=True, cwd=tmp_path, **RUN)
+        assert done.returncode == 0 and f'{name}  up to date' in done.stdout, done.stdout + done.stderr
+
+
+def test_one_year_alone_skips_the_other_and_leaves_its_results(on_years, years, two_years):
+    before = {path: path.stat().st_mtime_ns for path in two_years.rglob('*') if '.state' not in path.parts}
+    done = on_years(*data('d22'), '--out', two_years)
+    said = [line for line in done.stdout.splitlines() if line.startswith('1_old')]
+    assert done.returncode == 0, done.stdout + done.stderr
+    lacks = 'data in the layout of newsimages2021 (--data DIR); given: newsimages2022'
+    assert said == [f'1_old: skipped; it needs {lacks}']
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # run again, the others' results are new, and the page still has the old one
+    assert on_years(*data('d22'), '--out', two_years, '--force').returncode == 0
+    assert tables(two_years) == BOTH
+    manifest = json.loads((two_years/'manifest.json').read_text())
+    assert set(manifest['notebooks']) == {'1_old', '2_new', '3_reader'}
+    assert '<td>news of 2021</td>' in (two_years/'index.html').read_text()  # its comma begins another cell
+
+
+def test_one_year_alone_with_nothing_there(on_years, tmp_path):
+    done = on_years(*data('d22'), '--out', tmp_path/'out')
+    assert done.returncode == 0 and '1_old: skipped' in done.stdout
+    assert set(tables(tmp_path/'out')) == {'new.csv', 'reader.csv'}
+
+
+@pytest.mark.parametrize('words, said', [
+    (data('other22'), 'name another folder with --out'),
+    (data('mini'), 'name another folder with --out'),
+    (data('d22', 'other22'), 'both are newsimages2022; give one of them'),
+    (data('mini', 'd22'), '--data mini: the generated collections are of all layouts; give them alone'),
+    (data('d22', 'plain'), 'plain; beside another folder it would have to be newsimages2021 or'),
+    (['--only', '1_old', *data('d22')], '1_old: it needs data in the layout of newsimages2021'),
+])
+def test_what_would_mix_collections_is_refused(on_years, two_years, words, said):
+    done = on_years(*words, '--out', two_years)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stdout + done.stderr
+    assert said in done.stderr and tables(two_years) == BOTH
+
+
+def test_a_collection_of_no_papers_year_is_for_all(years):
+    plan = make_plan(Request(data=[str(years/'plain')], out=years/'out'), YEARS, years)
+    assert [(job.lacks, job.parameters['data']) for job in plan] == [('', str(years/'plain'))]*3
+
+
+def test_a_moved_collection_is_the_same(on_years, years, tmp_path):
+    where = official(tmp_path/'here', 'RSS')
+    assert on_years(*data(where), '--only', '2_new', '--out', tmp_path/'out').returncode == 0
+    where.rename(tmp_path/'there')
+    done = on_years(*data(tmp_path/'there'), '--only', '2_new', '--out', tmp_path/'out')
+    assert done.returncode == 0 and tables(tmp_path/'out') == {'new.csv': b'value\nthere\n'}
+
+
+def test_the_workflow_takes_several_collections(years, tmp_path):
+    "The real notebooks, planned as on a cluster: each job's settings name its own folder."
+    folders = ','.join(str(years/name) for name in ('d22', 'other22'))
+    with pytest.raises(InputError, match='both are newsimages2022'):
+        plan_from_config(dict(data=folders, out=str(tmp_path/'no')))
+    both = [str(years/D21), str(years/'d22')]
+    state = plan_from_config(dict(data=both, out=str(tmp_path/'out'), only='10_vilt,11_clip_sweep'))
+    settings = {path.stem: json.loads(path.read_text()) for path in (state/'settings').iterdir()}
+    own = {name: job['parameters']['data'] for name, job in settings.items()}
+    assert own == {'10_vilt': str(years/D21), '11_clip_sweep': str(years/'d22')}
+    alone = plan_from_config(dict(data=str(years/'d22'), out=str(tmp_path/'alone')))
+    assert '10_vilt' not in json.loads((alone/'plan.json').read_text())['notebooks']
+
+
+def test_the_layout_is_found_as_it_is_read():
+    for name in ('newsimages2021', 'newsimages2022', 'captions'):
+        assert find_layout(mini_root()/name) == read_collection(mini_root()/name).layout

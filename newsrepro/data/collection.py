@@ -38,7 +38,7 @@ class Collection:
     images: pd.DataFrame # one row each, in the order of the pool; columns as above
     problems: tuple[str, ...] = () # what was repaired or is wrong, one line each
     pairs: pd.DataFrame|None = None # columns as above; by default those of `articles`
-    accounts: dict = field(default_factory=lambda: dict(tables={}, folders={})) # of rows and files, as in `check_data`
+    accounts: dict = field(default_factory=lambda: dict(tables={}, folders={})) # as in `check_data`
 
     def __post_init__(self):
         if self.pairs is not None: return
@@ -92,9 +92,13 @@ def restrict(self: Collection,
     articles: pd.DataFrame # rows of `self.articles`; their column split may have been changed
 ) -> Collection:
     "These articles, and as the pool exactly the images that are known for them."
-    images = self.images.drop_duplicates(['dataset', 'image_id']).drop(columns='split')
-    images = images.merge(articles[['dataset', 'split', 'image_id']].drop_duplicates())[list(self.images)]
-    pairs = self.pairs.drop(columns='split').merge(articles[['dataset', 'article_id', 'split']])[list(self.pairs)]
+    keys = ['dataset', 'image_id', 'split']
+    images = self.images.rename(columns=dict(split='before')).merge(articles[keys].drop_duplicates())
+    own_first = images.assign(other=images.before != images.split).sort_values('other', kind='stable')
+    kept = own_first.drop_duplicates(keys).index.sort_values()
+    images = images.loc[kept, list(self.images)].reset_index(drop=True)
+    pairs = self.pairs.drop(columns='split').merge(articles[['dataset', 'article_id', 'split']])
+    pairs = pairs[list(self.pairs)]
     return replace(self, articles=articles.reset_index(drop=True), images=images, pairs=pairs)
 
 # %% ../../nbs/data/01b_collection.ipynb #has-text
@@ -112,8 +116,8 @@ def _unusable(
 ) -> pd.Series: # per article '' or the reason
     "Why an article cannot be used."
     keys = ['dataset', 'split', 'image_id']
-    status = articles[keys].merge(images[[*keys, 'status']], on=keys, how='left').status.fillna('not in the pool')
-    status = status.set_axis(articles.index)
+    status = articles[keys].merge(images[[*keys, 'status']], on=keys, how='left').status
+    status = status.fillna('not in the pool').set_axis(articles.index)
     no_image = articles.image_id == ''
     usable = (status == 'ok') | no_image & (articles.split == 'test')
     reason = ('image ' + status).mask(no_image, 'no image').mask(usable, '')

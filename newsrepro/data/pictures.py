@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'MAX_BYTES', 'SHORTER_SIDE', 'MAX_LONGER_SIDE', 'ExtremeShape', 'decode_whole',
-           'open_image', 'picture_folder', 'composed', 'stem', 'picture_index', 'inspect_images', 'left_out',
-           'say_left_out']
+           'open_image', 'suffix_of', 'is_for_pictures', 'picture_folder', 'stem', 'picture_index', 'case_blind',
+           'inspect_images', 'left_out', 'say_left_out']
 
 # %% ../../nbs/data/01a_pictures.ipynb #imports
-import hashlib, io, os, re, unicodedata, warnings
+import hashlib, io, os, re, warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,17 +18,19 @@ import pandas as pd
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..core.base import InputError
-from .tables import first_few, readable
+from .names import composed, part_of, set_of, words_of
+from .tables import entries_of, first_few
 
 # %% ../../nbs/data/01a_pictures.ipynb #picture-limits
 # pixel formats only: Pillow hands others to outside programs
 _FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM')
-PICTURE_SUFFIXES = set('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm .pgm'.split())
+PICTURE_SUFFIXES = set('.jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ppm '
+                       '.pgm'.split())
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS # larger pictures are taken for decompression bombs
 MAX_BYTES = 2**28 # largest image file that is read
 SHORTER_SIDE = 448 # pixels; models resize to at most this
 MAX_LONGER_SIDE = 100_000 # pixels after that
-PngImagePlugin.MAX_TEXT_CHUNK = 2**24 # bytes of one colour profile or text unpacked; Pillow refuses more than 2**20
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24 # bytes of one colour profile or text unpacked; 2**20 in Pillow
 # refused below; catching it would not be safe in threads
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
@@ -39,7 +42,7 @@ def _open(
     source: str|Path|io.BytesIO, # image file
     max_pixels: int # width times height
 ) -> Image.Image: # not yet decoded
-    "Raises `DecompressionBombError` for too many pixels, now or when resized; anything for what is no picture."
+    "Raises `DecompressionBombError` for too many pixels, now or resized; anything for what is no picture."
     image = Image.open(source, formats=_FORMATS)
     size = f'{image.width} x {image.height} pixels'
     if image.width * image.height > max_pixels:
@@ -53,20 +56,22 @@ def decode_whole(
     source: str|Path|io.BytesIO, # image file
     max_pixels: int = MAX_PIXELS # width times height
 ) -> tuple[str, int, int]: # format, width, height
-    "Decode to the end. Raises `DecompressionBombError` before that where too large, anything where it is damaged."
+    "Decode to the end. Raises `DecompressionBombError` where too large, before that; anything where damaged."
     image = _open(source, max_pixels)
     size = image.size
     image.draft('RGB', (1, 1))
     image.load()
     return image.format, *size
 
-# %% ../../nbs/data/01a_pictures.ipynb #inspect-picture
+# %% ../../nbs/data/01a_pictures.ipynb #why
 def _why(
     error: Exception # of Pillow
 ) -> str: # without what differs from file to file
-    if isinstance(error, Image.UnidentifiedImageError): return 'not a picture, or of a format that is not read here'
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    if unknown: return 'not a picture, or of a format that is not read here'
     return re.sub(r'\s*\(.*?\)|0x\w+', '', str(error)).strip() or type(error).__name__
 
+# %% ../../nbs/data/01a_pictures.ipynb #inspect-picture
 def _inspect(
     path: str # existing path
 ) -> tuple[str, str, str]: # 'ok', 'broken', 'oversized' or 'extreme'; SHA-256 of the file; why it is not ok
@@ -104,63 +109,130 @@ def open_image(
         return _rgb(ImageOps.exif_transpose(image) if turned else image)
     except Exception as e: raise InputError(f'{path}: not a usable picture: {e}') from e
 
+# %% ../../nbs/data/01a_pictures.ipynb #list-folder
+_WORDS = re.compile('(?: |news|train|test|rss|rt|tw)(?:images?|imgs?|pictures?|pics?|photos?) ')
+
+def suffix_of(
+    name: str # of a file
+) -> str: # its last extension, in lower case
+    return os.path.splitext(name)[1].lower()
+
+def _list(
+    folder: Path
+) -> tuple[list[str], bool]: # names of its sub-folders; whether it holds pictures
+    "What a person put there. Raises `InputError` where it cannot be read."
+    entries = entries_of(folder)
+    holds = any(suffix_of(o) in PICTURE_SUFFIXES and not is_folder for o, is_folder in entries.items())
+    return [o for o, is_folder in entries.items() if is_folder], holds
+
+def is_for_pictures(
+    name: str # of a folder
+) -> bool: # whether the name says so
+    return bool(_WORDS.search(words_of(name)))
+
+# %% ../../nbs/data/01a_pictures.ipynb #picture-folders
+def _picture_folders(
+    base: Path,
+    depth: int = 2 # how far below to look
+) -> list[Path]: # folders below that hold pictures, or are called so and hold no such folder
+    found = []
+    for name in _list(base)[0] if depth else []:
+        below = _picture_folders(base/name, depth - 1)
+        holds = _list(base/name)[1]
+        if holds or is_for_pictures(name) and not below: found.append(base/name)
+        found += below
+    return found
+
+# %% ../../nbs/data/01a_pictures.ipynb #fits
+def _fit(
+    path: Path, # of a folder with pictures, relative to where the search began
+    dataset: str, # set of the table; '' for any
+    split: str # part of the table; '' for any
+) -> tuple|None: # larger is better; None where another set or part is meant
+    "How well the name of a folder fits a table."
+    named = (part_of(path), split), (set_of(path), dataset)
+    if any(said and wanted and said != wanted for said, wanted in named): return None
+    usual = {'images': 2, 'newsimages': 1}.get(path.name, 0)
+    return *[bool(said and wanted) for said, wanted in named], is_for_pictures(path.as_posix()), usual
+
 # %% ../../nbs/data/01a_pictures.ipynb #picture-folder
+def _best_below(
+    base: Path, # where the search begins
+    dataset: str, # as `_fit`
+    split: str # as `_fit`
+) -> Path|None:
+    "Raises `InputError` where several folders could be meant."
+    fits = {folder: _fit(folder.relative_to(base), dataset, split) for folder in _picture_folders(base)}
+    fits = {folder: fit for folder, fit in fits.items() if fit}
+    best = [folder for folder, fit in fits.items() if fit == max(fits.values())]
+    if len(best) < 2: return best[0] if best else None
+    names = ', '.join(folder.relative_to(base).as_posix() for folder in best)
+    raise InputError(f'{base}: pictures lie in {names}; put them into one folder called images')
+
 def picture_folder(
-    base: Path # folder of a table
-) -> Path: # `images/`, `newsimages/`, the only sub-folder with pictures, or `base`
+    base: Path, # folder of a table
+    root: Path|None = None, # of the collection, up to where folders are looked for; `base` alone by default
+    dataset: str = '', # set of the table; '' where it has none
+    split: str = '' # 'train', 'test' or '' for both
+) -> Path: # a folder below `base`, or `base` with pictures in it, or such a one further up; else `base`
     "Where the pictures of a table lie. Raises `InputError` where several folders could be meant."
-    for name in ('images', 'newsimages'):
-        if (base/name).is_dir(): return (base/name).resolve()
-    holds_pictures = lambda d: any(f.suffix.lower() in PICTURE_SUFFIXES for f in d.iterdir())
-    with readable(base): folders = [d for d in sorted(base.iterdir()) if d.is_dir() and holds_pictures(d)]
-    if len(folders) > 1:
-        names = ', '.join(d.name for d in folders)
-        raise InputError(f'{base}: pictures lie in {names}; put them into one folder called images')
-    return (folders or [base])[0].resolve()
+    above = [o for o in base.parents if root and o.is_relative_to(root)]
+    for folder in (base, *above):
+        if found := _best_below(folder, dataset, split): return found.resolve()
+        if _list(folder)[1]: return folder.resolve()
+    return base.resolve()
 
 # %% ../../nbs/data/01a_pictures.ipynb #picture-index
-def composed(
-    name: str # id or file name
-) -> str: # with composed letters (Unicode NFC)
-    return unicodedata.normalize('NFC', name)
-
 def stem(
     name: str # of a picture's file
 ) -> str: # without its last extension, composed
     return composed(os.path.splitext(name)[0])
 
-def _suffix(
-    name: str # of a file
-) -> str: # its last extension, in lower case
-    return os.path.splitext(name)[1].lower()
-
 def picture_index(
     folder: Path # folder with pictures
 ) -> dict[str, str]: # file name, with and without its extension (composed) -> file name
-    "Of files that share a name but for the extension, the last in order is the one without; a full name is exact."
-    with readable(folder): names = sorted(o for o in os.listdir(folder) if _suffix(o) in PICTURE_SUFFIXES)
-    lower = {stem(name) + _suffix(name): name for name in names} # .JPG is found as .jpg
+    "Of files alike but for the extension, the last in order is the one without it; a full name is exact."
+    names = [o for o in entries_of(folder) if suffix_of(o) in PICTURE_SUFFIXES]
+    lower = {stem(name) + suffix_of(name): name for name in names} # .JPG is found as .jpg
     return {stem(name): name for name in names} | lower | {composed(name): name for name in names}
 
-# %% ../../nbs/data/01a_pictures.ipynb #locate
-def _name_of(
-    index: dict[str, str], # of a folder
-    image_id: str, # names a file, but for its extension
-    file: str # file name where the table has one
-) -> str|None: # name of the file
-    return index.get(composed(file)) or index.get(composed(image_id))
+# %% ../../nbs/data/01a_pictures.ipynb #case-blind
+def _one_each(
+    named: Iterable[tuple[str, str]] # names, and what each stands for
+) -> dict[str, str]: # name without case -> what it stands for, where that is one thing
+    found = {}
+    for name, thing in named: found.setdefault(name.casefold(), set()).add(thing)
+    return {name: things.pop() for name, things in found.items() if len(things) == 1}
 
+def case_blind(
+    index: dict[str, str], # of a folder
+    wanted: Iterable[str] # ids and file names that are looked for in it
+) -> dict[str, str]: # name without case -> file name
+    files = _one_each(index.items())
+    names = _one_each((composed(o), composed(o)) for o in wanted)
+    return {name: file for name, file in files.items() if name in names}
+
+# %% ../../nbs/data/01a_pictures.ipynb #names-of
+def _names_of(
+    folder: Path, # with pictures
+    images: pd.DataFrame # with columns image_id, file ('' where the table has none)
+) -> list[str]: # of each image the name of its file; '' where there is none
+    index = picture_index(folder)
+    blind = case_blind(index, {*images.image_id, *images.file} - {''})
+    def name_of(*given):
+        return next((found[key] for found, key in given if key and key in found), '')
+    return [name_of((index, f), (index, i), (blind, f.casefold()), (blind, i.casefold()))
+            for i, f in zip(images.image_id.map(composed), images.file.map(composed))]
+
+# %% ../../nbs/data/01a_pictures.ipynb #locate
 def _locate(
     folder: Path, # resolved folder with pictures
-    index: dict[str, str], # of that folder
-    image_id: str, # names a file, but for its extension
-    file: str = '' # file name where the table has one
+    name: str, # of the file; '' where none was found
+    given: str # file name or id in the table
 ) -> tuple[str, str]: # path ('' where missing); 'found', 'missing' or 'outside'
     "Find the file of an image, in `folder` only."
-    name = _name_of(index, image_id, file)
-    path = os.path.join(folder, name or file or image_id)
-    plain_name = os.sep not in (file or image_id)
-    if not name and plain_name and not os.path.lexists(path): return '', 'missing' # must be quick
+    path = os.path.join(folder, name or given)
+    if not name and os.sep not in given and not os.path.lexists(path): return '', 'missing' # must be quick
     if not name or os.path.islink(path):
         if not Path(os.path.realpath(path)).is_relative_to(folder): return '', 'outside'
         if not os.path.isfile(path): return '', 'missing'
@@ -171,34 +243,40 @@ def inspect_images(
     images: pd.DataFrame # with columns folder, image_id, file
 ) -> pd.DataFrame: # the same with path, status, sha256 and reason instead of file
     "Find and check every picture."
-    index = {folder: picture_index(folder) for folder in images.folder.unique()}
-    found = [_locate(d, index[d], i, f) for d, i, f in zip(images.folder, images.image_id, images.file)]
+    names = pd.Series('', images.index)
+    for folder, rows in images.groupby('folder', sort=False): names[rows.index] = _names_of(folder, rows)
+    given = images.file.where(images.file != '', images.image_id)
+    found = list(map(_locate, images.folder, names, given))
     paths = list(dict.fromkeys(p for p, _ in found if p))
     with ThreadPoolExecutor(8) as pool: seen = dict(zip(paths, pool.map(_inspect, paths)))
     checked = [(p, *seen[p]) if p else (p, status, '', '') for p, status in found]
     columns = dict(zip(('path', 'status', 'sha256', 'reason'), zip(*checked) if checked else [[]]*4))
     return images.drop(columns='file').assign(**{c: list(v) for c, v in columns.items()})
 
-# %% ../../nbs/data/01a_pictures.ipynb #left-out
+# %% ../../nbs/data/01a_pictures.ipynb #reason-left
 def _reason_left(
     name: str, # of a file that is not in the pool
     stems: dict[str, str] # names of those that are, by their stems
 ) -> tuple[str, str]: # why; what to call it
-    if _suffix(name) not in PICTURE_SUFFIXES: return 'no_picture', name
+    if suffix_of(name) not in PICTURE_SUFFIXES: return 'no_picture', name
     if stem(name) in stems: return 'same_name', f'{name}, as {stems[stem(name)]} is taken'
     return 'not_named', name
 
+# %% ../../nbs/data/01a_pictures.ipynb #left-out
 def left_out(
     folder: Path, # with pictures
     images: pd.DataFrame # with columns image_id, file
-) -> tuple[dict[str, int], dict[str, list[str]]]: # number of files, in the pool and by each reason; names by reason
+) -> tuple[dict[str, int], dict[str, list[str]]]: # how many files, in the pool and by reason; their names
     "Hold the files of a folder against the images of a pool. Hidden files and folders do not count."
-    index = picture_index(folder)
-    taken = {_name_of(index, i, f) or f or i for i, f in zip(images.image_id, images.file)}
+    given = images.file.where(images.file != '', images.image_id)
+    taken = {name or said for name, said in zip(_names_of(folder, images), given)}
     stems = {stem(name): name for name in sorted(taken)}
-    files = sorted(o.name for o in os.scandir(folder) if not os.path.isdir(o.path) and not o.name.startswith('.'))
+    files = [name for name, is_folder in entries_of(folder).items() if not is_folder]
     left = dict(no_picture=[], same_name=[], not_named=[])
-    for why, said in (_reason_left(name, stems) for name in files if name not in taken): left[why].append(said)
+    for name in files:
+        if name in taken: continue
+        why, said = _reason_left(name, stems)
+        left[why].append(said)
     account = dict(files=len(files), in_pool=len(taken.intersection(files)))
     return account | {why: len(names) for why, names in left.items()}, left
 

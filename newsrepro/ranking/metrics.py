@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'rank_of_truth', 'reciprocal_rank', 'hit', 'parse_measure', 'measure', 'summarise', 'found', 'chance',
            'tie_order', 'rank_by_score', 'confidence_intervals', 'paired_randomisation_test', 'paired_interval',
-           'Comparison', 'compare_ranks']
+           'Comparison', 'compare_ranks', 'holm']
 
 # %% ../../nbs/ranking/02_metrics.ipynb #imports
 import re
@@ -195,3 +195,13 @@ def compare_ranks(
     a, b = measure(ranks_a, name), measure(ranks_b, name)
     return Comparison(found['n'], name, float(a.mean()), float(b.mean()), found['value'],
                       (found['ci_low'], found['ci_high']), paired_randomisation_test(a, b, seed=seed))
+
+# %% ../../nbs/ranking/02_metrics.ipynb #holm
+def holm(
+    p_values: Sequence[float],  # of tests that are read together
+) -> list[float]:  # corrected, in their order
+    "Step-down correction for several tests (Holm 1979)"
+    order = np.argsort(p_values, kind='stable')
+    stepped = [p_values[test]*(len(p_values) - step) for step, test in enumerate(order)]
+    raised = np.minimum(1, np.maximum.accumulate(stepped))
+    return [float(raised[place]) for place in np.argsort(order)]

@@ -9,7 +9,7 @@ __all__ = ['NOTEBOOKS', 'PAPERS', 'STUDY_TABLES', 'STUDY_FIGURES', 'PAPER_LAYOUT
            'parameter_departures', 'Choice', 'choices_table', 'command_line']
 
 # %% ../../nbs/study/06_registry.ipynb #imports
-import ast, csv, io, json, math, re, shlex, tokenize
+import ast, csv, io, json, math, os, re, shlex, tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,30 +38,45 @@ class Notebook:
 # %% ../../nbs/study/06_registry.ipynb #notebook-registry-1
 NOTEBOOKS = (
     Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
-             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank',
-                     'liang2021-extra-sizes'),
+             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-recipe',
+                     'liang2021-extra-rerank', 'liang2021-extra-sizes'),
              figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training',
                       'liang2021-extra-sizes'),
              models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'),
-                     ('translator', 'marian'))),
+                     ('translator', 'marian')),
+             free=('score_batch', 'sizes', 'backbone', 'depths', 'example', 'word'),
+             papers_values=(('checkpoint', ('profile', 'dandelin/vilt-b32-mlm-itm',
+                                            'vilt_200k_mlm_itm.ckpt')),
+                            ('start', ('profile', 'google/vit-base-patch32-384')),
+                            ('recipe', ('profile', 'original')),
+                            ('precision', ('auto', 'fp16', 'fp32')))),
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
              tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3',
                      'zhang2022-extra-official-test',
-                     'zhang2022-extra-selection', 'zhang2022-extra-token-loss'),
+                     'zhang2022-extra-selection', 'zhang2022-extra-token-loss',
+                     'zhang2022-extra-comparisons'),
              figures=('zhang2022-extra-quality-parameters', 'zhang2022-extra-quality-time'),
-             models=(('backbones', 'clip'), ('selection_backbone', 'clip'), ('translator', 'marian'))),
+             models=(('backbones', 'clip'), ('selection_backbone', 'clip'), ('translator', 'marian')),
+             free=('backbones', 'selection_backbone'),
+             papers_values=(('precision', ('auto', 'fp32', 'fp16')),)),
     Notebook('12_fine_tune', 'vu2022', 'CLIP fine-tuned on titles and first sentences (Vu et al. 2022)',
              tables=('vu2022-table-1', 'vu2022-table-2', 'vu2022-extra-gain', 'vu2022-extra-parts'),
              figures=('vu2022-extra-training',),
-             models=(('backbone', 'clip'), ('translator', 'marian'))),
+             models=(('backbone', 'clip'), ('translator', 'marian')),
+             papers_values=(('precision', ('auto', 'fp32', 'fp16')), ('batch_size', (0,)))),
     Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-FT (Fukatsu & Aono 2022)',
              tables=('fukatsu2022-table-1', 'fukatsu2022-table-2', 'fukatsu2022-table-3',
-                     'fukatsu2022-table-4',
+                     'fukatsu2022-table-4', 'fukatsu2022-extra-ends',
                      'fukatsu2022-extra-alpha', 'fukatsu2022-extra-seeds', 'fukatsu2022-extra-splits',
-                     'fukatsu2022-extra-options'),
+                     'fukatsu2022-extra-options', 'fukatsu2022-extra-titles'),
              figures=('fukatsu2022-figure-1', 'fukatsu2022-figure-2', 'fukatsu2022-figure-3',
                       'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
-             models=(('backbone', 'clip'), ('translator', 'marian'))),
+             models=(('backbone', 'clip'), ('translator', 'marian')),
+             free=('seeds', 'layer_decay', 'random_split', 'option_sets', 'examples'),
+             papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 0)),
+                            ('precision', ('auto', 'fp32', 'fp16')),
+                            ('crops', ('recipe', 'whole')), ('epochs', (0., 50.)), ('rate', (0., 1e-5)),
+                            ('translator', ('profile', 'Helsinki-NLP/opus-mt-de-en')))),
     Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
              models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'),
@@ -221,13 +236,13 @@ CORE = ('profile', 'data', 'device', 'seed', 'out_dir', 'weights')
 
 def check_device(device: str  # as given
                 ) -> str:
-    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`; `resolve_device` says whether it is there."
+    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`."
     if re.fullmatch(r'auto|cpu|cuda(:\d+)?', device): return device
     raise InputError(f"device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 def resolve_device(device: str  # as `check_device` allows
                   ) -> str:
-    "The device torch is to use; `auto`: the GPU where there is one. Raises `InputError` where one asked for is absent."
+    "The device torch is to use; `auto`: the GPU where there is one. raises `InputError` where one is absent."
     import torch
     if check_device(device) == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     index = int(device.partition(':')[2] or 0)
@@ -245,8 +260,11 @@ def parameter_departures(notebook: Notebook,  # whose `free` and `papers_values`
                         ) -> tuple[str, ...]:  # such as 'backbone=RN50'
     "Parameters of the method that are not at the paper's value."
     own = [name for name in declared if name not in (*CORE, *FREE, *notebook.free)]
-    papers = {name: (declared[name].default,) for name in own} | dict(notebook.papers_values)
-    return tuple(f'{name}={values[name]}' for name in own if values[name] not in papers[name])
+    stated = {name: allowed for name, allowed in notebook.papers_values
+              if name in declared}  # one of `FREE` too
+    papers = {name: (declared[name].default,) for name in own} | stated
+    off = [name for name in declared if name in papers and values[name] not in papers[name]]
+    return tuple(f'{name}={values[name]}' for name in off)
 
 # %% ../../nbs/study/06_registry.ipynb #choices
 CHOICE_KINDS = ('stated', 'inferred', 'our choice', 'deviation')
@@ -273,15 +291,18 @@ def choices_table(choices: Sequence[Choice]  # of one paper
                                                                                               'effect']]
 
 # %% ../../nbs/study/06_registry.ipynb #command-line
+def _full_path(option: str, value: str) -> str:
+    return os.path.abspath(value) if option == 'weights' or option == 'data' and value != 'mini' else value
+
 def command_line(notebook: Notebook,  # that is run
                  declared: Mapping[str, Parameter],  # its parameters
                  values: Mapping[str, Any]  # as run
                 ) -> str:
-    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into a shell."
+    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell."
     changed = {name: value for name, value in values.items()
                if name != 'out_dir' and value != declared[name].default}
     words = ['newsrepro', 'reproduce', '--only', notebook.name]
     for name in ('profile', 'data', 'device', 'weights'):
-        if name in changed: words += [f'--{name}', str(changed.pop(name))]
+        if name in changed: words += [f'--{name}', _full_path(name, str(changed.pop(name)))]
     return shlex.join([*words, *(word for name, value in changed.items()
                                  for word in ('--set', f'{notebook.name}.{name}={value}'))])

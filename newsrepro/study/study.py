@@ -26,13 +26,12 @@ from ..core.base import PACKAGE, InputError, atomic_path, cache_dir, notebooks_d
 from ..data.collection import Collection
 from ..data.layouts import read_collection
 from ..ranking.metrics import confidence_intervals, measure
-from ..models.embed import EmbeddingStore
+from ..models.store import EmbeddingStore
 from .registry import (CORE, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line,
                                       notebook_named, notebook_parameters, parameter_departures,
                                       published_table, resolve_device)
 from ..text.language import (MarianTranslator, TableTranslator, TranslationMemory, english,
                                      find_translator)
-from ..models.store import EmbeddingStore
 from ..ranking.runs import write_run
 
 # %% ../../nbs/study/06a_study.ipynb #settings
@@ -111,7 +110,7 @@ class Sources:
 # %% ../../nbs/study/06a_study.ipynb #open-sources
 def open_sources(s: Settings  # of a notebook with a parameter `translator`
                 ) -> Sources:
-    "Translator and collection, and a line that says what was read; raises `InputError` for what is not there."
+    "Translator and collection, and a line that says what was read; raises `InputError`."
     asked = s.parameters['translator']
     memory = TranslationMemory(cache_dir()/'translations.sqlite')
     translator = find_translator(asked, s.profile, memory, s.weights,
@@ -270,7 +269,7 @@ def write_table(s: Settings,  # of the notebook
                 caption: str,  # one sentence: what is measured, on what
                 departures: Sequence[str] = ()  # from the paper's settings, beyond those of `departures_of`
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv` and `.md`; returns the tidy table. Raises `ValueError` for a table not in the registry."
+    "Write `tables/<name>.csv` and `.md`; returns the tidy table. `ValueError` for a table not in the registry."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
     if isinstance(departures, bool): departures = ()
     departures = [*departures_of(s, collection), *departures]

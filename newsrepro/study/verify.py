@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEY', 'MEASURED', 'MADE_BY', 'Key', 'EXACT', 'PUBLISHED', 'UNMEASURED', 'P_VALUE', 'COUNTED', 'VERDICTS', 'read_rows',
            'tolerance', 'judge', 'Finding', 'compare_rows', 'compare_published', 'differing_settings',
-           'differing_facts', 'checkpoints_of', 'tables_of', 'read_manifest', 'not_run', 'is_paper_run', 'verify',
-           'is_verified', 'summary_line']
+           'differing_facts', 'checkpoints_of', 'tables_of', 'read_manifest', 'not_run', 'Comparison', 'compare_tables',
+           'published_comparison', 'is_paper_run', 'verify', 'is_verified', 'summary_line']
 
 # %% ../../nbs/study/21_verify.ipynb #imports
 import csv, math
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.base import InputError, read_json, reference_dir
 from .registry import NOTEBOOKS, Notebook, published_table
@@ -24,56 +25,80 @@ MEASURED = ('value', 'ci_low', 'ci_high', 'n')
 MADE_BY = ('profile', 'data', 'seed')
 Key = tuple[str, ...]
 
-def read_rows(path: Path  # a table of a report, CSV
-             ) -> dict[Key, dict[str, str]]:  # row by `KEY`
-    "Read a table as text; raises `InputError` naming file and line for what is no such table."
+def _number(text: str, path: Path, line: int) -> float:
+    try: return float(text or 'nan')
+    except ValueError: raise InputError(f'{path} line {line}: {text!r} is not a number') from None
+
+def _read_lines(path: Path) -> tuple[list[str], list[list[str]]]:  # head, rows
     try:
-        with path.open(encoding='utf-8', newline='') as file: head, *lines = list(csv.reader(file, strict=True)) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error: raise InputError(f'{path}: not a readable table ({error})') from None
-    if missing := [name for name in (*KEY, *MEASURED) if name not in head]: raise InputError(f'{path}: no column {missing[0]!r}; a table of a report has {", ".join((*KEY, *MEASURED))}')
+        with path.open(encoding='utf-8', newline='') as file:
+            head, *rows = list(csv.reader(file, strict=True)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f'{path}: not a readable table ({error})') from None
+    wanted = (*KEY, *MEASURED)
+    if missing := [name for name in wanted if name not in head]:
+        raise InputError(f"{path}: no column {missing[0]!r}; a table of a report has {', '.join(wanted)}")
+    return head, rows
+
+# %% ../../nbs/study/21_verify.ipynb #read-table
+def read_rows(
+    path: Path,  # a table of a report, CSV
+) -> dict[Key, dict[str, str]]:  # row by `KEY`
+    "Read a table as text, what was measured as numbers; raises `InputError` naming file and line."
+    head, lines = _read_lines(path)
     rows = {}
     for number, line in enumerate(lines, start=2):
-        if len(line) != len(head): raise InputError(f'{path} line {number}: {len(line)} fields, but {len(head)} columns')
+        if len(line) != len(head):
+            raise InputError(f'{path} line {number}: {len(line)} fields, but {len(head)} columns')
         row = dict(zip(head, line))
         key = tuple(row[name] for name in KEY)
         if key in rows: raise InputError(f"{path} line {number}: {' '.join(key)} was given before")
         rows[key] = row | {name: _number(row[name], path, number) for name in MEASURED}
     return rows
 
-def _number(text: str, path: Path, line: int) -> float:
-    try: return float(text or 'nan')
-    except ValueError: raise InputError(f'{path} line {line}: {text!r} is not a number') from None
-
-# %% ../../nbs/study/21_verify.ipynb #judge
-EXACT, PUBLISHED, UNMEASURED, P_VALUE = 1e-9, .0005, .02, .1
+# %% ../../nbs/study/21_verify.ipynb #p-bounds
+EXACT = 1e-9
+PUBLISHED = .0005
+UNMEASURED = .02
+P_VALUE = .1
 COUNTED = ('articles', 'pairs', 'Match in 100', 'median tokens')
 
-def tolerance(row: Mapping,  # of the reference
-              column: str  # of `MEASURED`
-             ) -> tuple[float, float]:  # lowest and highest number that is still close
+def _p_bounds(p: float) -> tuple[float, float]:
+    low, high = (0, .05) if p < .05 else (.05, 1)
+    return min(p - P_VALUE, low), max(p + P_VALUE, high)
+
+# %% ../../nbs/study/21_verify.ipynb #tolerance
+def tolerance(
+    row: Mapping,  # of the reference
+    column: str,  # of `MEASURED`
+) -> tuple[float, float]:  # lowest and highest number that is still close
     "What is close to the number in `column` of a row."
     number, low, high = row[column], row['ci_low'], row['ci_high']
     measured = not math.isnan(low + high)
     if column == 'n' or row['metric'] in COUNTED: slack = 0.
     elif measured and column == 'value': return low - EXACT, high + EXACT
     elif measured: slack = (high - low)/2
-    elif row['metric'] == 'p': return (min(number - P_VALUE, 0 if number < .05 else .05), max(number + P_VALUE, .05 if number < .05 else 1))
+    elif row['metric'] == 'p': return _p_bounds(number)
     else: slack = max(UNMEASURED, abs(number)/20)
     return number - slack - EXACT, number + slack + EXACT
 
-def judge(value: float, reference: float,
-          bounds: tuple[float, float]  # of what is close
-         ) -> str:  # 'identical', 'close' or 'differs'
+# %% ../../nbs/study/21_verify.ipynb #judge
+def judge(
+    value: float,  # here; NaN = none
+    reference: float,  # there; NaN = none
+    bounds: tuple[float, float],  # of what is close
+) -> str:  # 'identical', 'close' or 'differs'
     "The verdict on a number; two absent numbers are identical."
-    if math.isnan(value) or math.isnan(reference): return 'identical' if math.isnan(value) and math.isnan(reference) else 'differs'
+    absent = math.isnan(value), math.isnan(reference)
+    if any(absent): return 'identical' if all(absent) else 'differs'
     if abs(value - reference) <= EXACT: return 'identical'
     return 'close' if bounds[0] <= value <= bounds[1] else 'differs'
 
-# %% ../../nbs/study/21_verify.ipynb #compare-rows
+# %% ../../nbs/study/21_verify.ipynb #finding
 @dataclass(frozen=True)
 class Finding:
     "The verdict on one number, or on a row that only one side has."
-    table: str
+    table: str  # its name
     row: str  # set, part, run, metric; and the column unless it is the value
     verdict: str  # 'identical', 'close', 'differs' or 'missing'
     value: float = float('nan')  # here; NaN where it is absent
@@ -85,121 +110,202 @@ class Finding:
         gap = abs(self.value - self.reference)
         return math.inf if math.isnan(gap) else gap/max(abs(self.reference), 1e-12)
 
-def compare_rows(table: str, ours: Mapping[Key, Mapping], reference: Mapping[Key, Mapping]) -> Iterator[Finding]:
-    "One finding a number, in the order of the reference."
+# %% ../../nbs/study/21_verify.ipynb #compare-rows
+def compare_rows(
+    table: str,  # its name
+    ours: Mapping[Key, Mapping],  # of `read_rows`
+    reference: Mapping[Key, Mapping],  # of `read_rows`
+) -> Iterator[Finding]:  # in the order of the reference
+    "One finding a number."
     for key, row in reference.items():
-        if key not in ours: yield Finding(table, f"{' '.join(key)} (only in the reference)", 'missing'); continue
+        name = ' '.join(key)
+        if key not in ours:
+            yield Finding(table, f'{name} (only in the reference)', 'missing')
+            continue
         for column in MEASURED:
             value, known = ours[key][column], row[column]
             if math.isnan(value) and math.isnan(known): continue  # no number on either side
-            yield Finding(table, ' '.join(key) + f' {column}'*(column != 'value'), judge(value, known, tolerance(row, column)), value, known)
-    for key in ours.keys() - reference.keys(): yield Finding(table, f"{' '.join(key)} (not in the reference)", 'missing')
+            found = judge(value, known, tolerance(row, column))
+            yield Finding(table, name + f' {column}'*(column != 'value'), found, value, known)
+    for key in ours.keys() - reference.keys():
+        yield Finding(table, f"{' '.join(key)} (not in the reference)", 'missing')
 
 # %% ../../nbs/study/21_verify.ipynb #compare-published
-def compare_published(table: str, ours: Mapping[Key, Mapping]) -> Iterator[Finding]:
-    "One finding for each row that stands beside a published number, and for each published number that no row stands beside."
+def compare_published(
+    table: str,  # its name
+    ours: Mapping[Key, Mapping],  # of `read_rows`
+) -> Iterator[Finding]:
+    "One finding for each row beside a published number, and for each published number without a row."
     beside = {key: row for key, row in ours.items() if row.get('published')}
-    for key in published_table(table).keys() - beside.keys() if beside else (): yield Finding(table, f"{' '.join(key)} (only published)", 'missing')
+    alone = published_table(table).keys() - beside.keys() if beside else ()
+    for key in alone: yield Finding(table, f"{' '.join(key)} (only published)", 'missing')
     for key, row in beside.items():
         known = float(row['published'])
-        yield Finding(table, ' '.join(key), judge(row['value'], known, (known - PUBLISHED - EXACT, known + PUBLISHED + EXACT)), row['value'], known)
+        bounds = known - PUBLISHED - EXACT, known + PUBLISHED + EXACT
+        yield Finding(table, ' '.join(key), judge(row['value'], known, bounds), row['value'], known)
 
-# %% ../../nbs/study/21_verify.ipynb #explanations
-def _made_by(rows: Mapping[Key, Mapping]) -> dict[str, set[str]]:
-    return {name: {row[name] for row in rows.values() if row.get(name)} for name in MADE_BY}
+# %% ../../nbs/study/21_verify.ipynb #differing-settings
+def _made_by(rows: Mapping[Key, Mapping]) -> dict[str, str]:
+    values = {name: {row[name] for row in rows.values() if row.get(name)} for name in MADE_BY}
+    return {name: ', '.join(sorted(own)) for name, own in values.items()}
 
-def differing_settings(ours: Mapping[Key, Mapping], reference: Mapping[Key, Mapping]) -> dict[str, list[str]]:  # name -> [here, there]
+def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, list]:  # name -> [here, there]
+    names = sorted({*here, *there})
+    return {name: [here.get(name), there.get(name)] for name in names if here.get(name) != there.get(name)}
+
+def differing_settings(
+    ours: Mapping[Key, Mapping],  # of `read_rows`
+    reference: Mapping[Key, Mapping],  # of `read_rows`
+) -> dict[str, list[str]]:  # name -> [here, there]
     "Profile, data and seed, where the two tables were not made from the same."
-    a, b = _made_by(ours), _made_by(reference)
-    return {name: [', '.join(sorted(a[name])), ', '.join(sorted(b[name]))] for name in MADE_BY if a[name] != b[name]}
+    return _differing(_made_by(ours), _made_by(reference))
 
-def differing_facts(ours: Mapping, reference: Mapping) -> dict[str, list[str | None]]:  # name -> [here, there]
-    "Versions and machine, from two manifests."
-    flat = lambda m: {**(m.get('libraries') or {}), **{name: m.get(name) for name in ('newsrepro', 'platform', 'processor', 'device') if name in m}}
-    a, b = flat(ours), flat(reference)
-    return {name: [a.get(name), b.get(name)] for name in sorted({*a, *b}) if a.get(name) != b.get(name)}
+# %% ../../nbs/study/21_verify.ipynb #differing-facts
+def differing_facts(
+    ours: Mapping,  # a manifest
+    reference: Mapping,  # a manifest
+) -> dict[str, list[str | None]]:  # name -> [here, there]
+    "Versions and machine, where they differ."
+    known = ('newsrepro', 'platform', 'processor', 'device')
+    facts = lambda m: (m.get('libraries') or {}) | {name: m.get(name) for name in known if name in m}
+    return _differing(facts(ours), facts(reference))
 
-def checkpoints_of(rows: Mapping[Key, Mapping]) -> dict[str, str]:
-    "Checkpoint by set and run."
+# %% ../../nbs/study/21_verify.ipynb #checkpoints-of
+def checkpoints_of(
+    rows: Mapping[Key, Mapping],  # of `read_rows`
+) -> dict[str, str]:  # set and run -> mark
+    "The checkpoints that made a table."
     return {f'{key[0]} {key[2]}': row['checkpoint'] for key, row in rows.items() if row.get('checkpoint')}
 
 # %% ../../nbs/study/21_verify.ipynb #tables-of
-def tables_of(folder: Path  # of a report
-             ) -> dict[str, Path]:
-    "Its tables by name; raises `InputError` where there are none."
-    if not folder.is_dir(): raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; `newsrepro reproduce` makes one")
+def tables_of(
+    folder: Path,  # of a report
+) -> dict[str, Path]:  # by name
+    "The tables of a report; raises `InputError` where there are none."
+    what = 'not a folder' if folder.exists() else 'no such folder'
+    if not folder.is_dir(): raise InputError(f'{folder}: {what}; `newsrepro reproduce` makes one')
     found = {path.stem: path for path in sorted((folder/'tables').glob('*.csv'))}
     if not found: raise InputError(f'{folder}: no tables/*.csv; name the folder of a report')
     return found
 
-def read_manifest(folder: Path  # of a report
-                 ) -> Mapping:  # empty where there is none
+# %% ../../nbs/study/21_verify.ipynb #read-manifest
+def read_manifest(
+    folder: Path,  # of a report
+) -> Mapping:  # empty where there is none
     "What `manifest.json` says; raises `InputError` where that is not what `newsrepro reproduce` writes."
     try: manifest = read_json(folder/'manifest.json') or {}
     except RecursionError: manifest = None
-    parts = [manifest, *(manifest.get(name) or {} for name in ('notebooks', 'libraries'))] if isinstance(manifest, dict) else [None]
-    if all(isinstance(part, dict) for part in parts): return manifest
-    raise InputError(f"{folder/'manifest.json'}: not the manifest of a report; `newsrepro reproduce` writes it anew")
+    whole = isinstance(manifest, dict)
+    parts = [manifest.get(name) or {} for name in ('notebooks', 'libraries')] if whole else []
+    if whole and all(isinstance(part, dict) for part in parts): return manifest
+    path = folder/'manifest.json'
+    raise InputError(f'{path}: not the manifest of a report; `newsrepro reproduce` writes it anew')
 
-def not_run(folder: Path, names: Sequence[str],  # of tables
-            notebooks: Sequence[Notebook] = NOTEBOOKS) -> list[str]:
+# %% ../../nbs/study/21_verify.ipynb #not-run
+def not_run(
+    folder: Path,  # of a report
+    names: Sequence[str],  # of tables
+    notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
+) -> list[str]:
     "Those of `names` whose notebook has no result in the report, by its manifest."
-    manifest = read_manifest(folder)
-    if not manifest: return []
+    if not (manifest := read_manifest(folder)): return []
     makers = {table: notebook.name for notebook in notebooks for table in notebook.tables}
-    return [name for name in names if makers.get(name) not in (manifest.get('notebooks') or {})
-            and not (folder/'tables'/f'{name}.csv').is_file()]
+    done = manifest.get('notebooks') or {}
+    return [name for name in names
+            if makers.get(name) not in done and not (folder/'tables'/f'{name}.csv').is_file()]
 
-# %% ../../nbs/study/21_verify.ipynb #verify
+# %% ../../nbs/study/21_verify.ipynb #comparison
+@dataclass(frozen=True)
+class Comparison:
+    "What holding one table against the reference's found."
+    findings: list[Finding]  # one a number
+    settings: Mapping[str, list[str]]  # of `differing_settings`
+    checkpoints: Mapping[str, list[str]]  # set and run -> [here, there]
+
+# %% ../../nbs/study/21_verify.ipynb #compare-tables
+def compare_tables(
+    name: str,  # of the table
+    ours: Path | None,  # None where it is not here
+    reference: Path | None,  # None where the reference does not have it
+) -> Comparison:
+    "Hold a table against the same of another report."
+    if ours is None or reference is None:
+        where = 'only' if ours is None else 'not'
+        return Comparison([Finding(name, f'the table ({where} in the reference)', 'missing')], {}, {})
+    here, there = read_rows(ours), read_rows(reference)
+    marks, others = checkpoints_of(here), checkpoints_of(there)
+    moved = {f'{name} {run}': [marks[run], others[run]]
+             for run in marks if run in others and marks[run] != others[run]}
+    return Comparison(list(compare_rows(name, here, there)), differing_settings(here, there), moved)
+
+# %% ../../nbs/study/21_verify.ipynb #published-comparison
+def published_comparison(
+    name: str,  # of the table
+    ours: Path,  # a table of a report
+) -> Comparison:
+    "Hold a table against the paper's."
+    return Comparison(list(compare_published(name, read_rows(ours))), {}, {})
+
+# %% ../../nbs/study/21_verify.ipynb #verdict-counts
 VERDICTS = ('identical', 'close', 'differs', 'missing')
 
 def _counts(findings: Sequence[Finding]) -> dict[str, int]:
     counted = Counter(finding.verdict for finding in findings)
     return {verdict: counted[verdict] for verdict in VERDICTS}
 
-def is_paper_run(tables: Mapping[str, Path]) -> bool:
+def _plain(number: float) -> float | None: return None if math.isnan(number) else number  # JSON knows no NaN
+
+def _worst(findings: Sequence[Finding], most: int) -> list[dict]:
+    bad = [one for one in findings if one.verdict in ('differs', 'missing')]
+    bad.sort(key=lambda one: -one.size)
+    return [dict(table=one.table, row=one.row, verdict=one.verdict, reference=_plain(one.reference),
+                 value=_plain(one.value)) for one in bad[:most]]
+
+def is_paper_run(
+    tables: Mapping[str, Path],  # of `tables_of`
+) -> bool:
     "Whether the tables were made in the paper profile."
     return {row.get('profile') for path in tables.values() for row in read_rows(path).values()} == {'paper'}
 
-def verify(folder: Path,  # of a report
-           against: Path | None = None,  # folder of another; None = the shipped one, or for the paper profile the published numbers
-           worst: int = 10,  # how many differences are listed
-           notebooks: Sequence[Notebook] = NOTEBOOKS) -> dict:  # as `newsrepro verify --json` prints it
+# %% ../../nbs/study/21_verify.ipynb #verify
+def verify(
+    folder: Path,  # of a report
+    against: Path | None = None,  # of another; None = the shipped one, or the published numbers
+    worst: int = 10,  # how many differences are listed
+    notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
+) -> dict:  # as `newsrepro verify --json` prints it
     "Hold every number of a report against a reference; raises `InputError` where one of them cannot be read."
-    tables, published = tables_of(folder), False
-    if against is None and not (published := is_paper_run(tables)): against = reference_dir()
+    tables = tables_of(folder)
+    published = against is None and is_paper_run(tables)
+    against = against or reference_dir()
     known = {} if published else tables_of(against)
     absent = not_run(folder, list(known), notebooks)
-    findings, settings, checkpoints = {}, {}, {}
-    for name in dict.fromkeys([*known, *tables]):
-        if name in absent: continue
-        ours, theirs = (read_rows(place[name]) if name in place else None for place in (tables, known))
-        if published: findings[name] = list(compare_published(name, ours))
-        elif ours is None or theirs is None: findings[name] = [Finding(name, f"the table ({'only' if ours is None else 'not'} in the reference)", 'missing')]
-        else:
-            findings[name] = list(compare_rows(name, ours, theirs))
-            if found := differing_settings(ours, theirs): settings[name] = found
-            a, b = checkpoints_of(ours), checkpoints_of(theirs)
-            checkpoints |= {f'{name} {run}': [a[run], b[run]] for run in a if run in b and a[run] != b[run]}
-    bad = sorted((f for found in findings.values() for f in found if f.verdict in ('differs', 'missing')), key=lambda f: -f.size)
+    names = [name for name in dict.fromkeys([*known, *tables]) if name not in absent]
+    if published: compared = {name: published_comparison(name, tables[name]) for name in names}
+    else: compared = {name: compare_tables(name, tables.get(name), known.get(name)) for name in names}
+    findings = [finding for one in compared.values() for finding in one.findings]
     facts = {} if published else differing_facts(read_manifest(folder), read_manifest(against))
-    return dict(folder=str(folder), against='published' if published else str(against), **_counts([f for found in findings.values() for f in found]),
-                tables={name: _counts(found) for name, found in findings.items()}, not_run=absent,
-                worst=[dict(table=f.table, row=f.row, verdict=f.verdict, reference=_plain(f.reference), value=_plain(f.value)) for f in bad[:worst]],
-                settings=settings, versions=facts, checkpoints=checkpoints)
-
-def _plain(number: float) -> float | None: return None if math.isnan(number) else number  # JSON knows no NaN
+    return dict(folder=str(folder), against='published' if published else str(against), **_counts(findings),
+                tables={name: _counts(one.findings) for name, one in compared.items()}, not_run=absent,
+                worst=_worst(findings, worst), versions=facts,
+                settings={name: one.settings for name, one in compared.items() if one.settings},
+                checkpoints=dict(pair for one in compared.values() for pair in one.checkpoints.items()))
 
 # %% ../../nbs/study/21_verify.ipynb #summary-line
-def is_verified(found: Mapping) -> bool:  # of `verify`
+def is_verified(
+    found: Mapping,  # of `verify`
+) -> bool:
     "Whether nothing differs and nothing is missing."
     return not found['differs'] and not found['missing']
 
-def summary_line(counts: Mapping,  # 'identical', 'close', 'differs', 'missing'
-                 against: str = 'shipped'  # 'shipped', 'published' or a folder
-                ) -> str:
+def summary_line(
+    counts: Mapping,  # 'identical', 'close', 'differs', 'missing'
+    against: str = 'shipped',  # 'shipped', 'published' or a folder
+) -> str:
     "The verdicts in one line."
     same, total = counts['identical'] + counts['close'], sum(counts[name] for name in VERDICTS)
     if not total: return 'nothing to verify: no number stands beside a published one'
-    parts = [f'{counts[name]:,} {name}' for name in VERDICTS if counts[name] or name in ('identical', 'close')]
-    return f"{same:,} of {total:,} numbers as {against if against in ('shipped', 'published') else f'in {against}'}: {', '.join(parts)}"
+    shown = [name for name in VERDICTS if counts[name] or name in ('identical', 'close')]
+    parts = ', '.join(f'{counts[name]:,} {name}' for name in shown)
+    where = f'as {against}' if against in ('shipped', 'published') else f'in {against}'
+    return f'{same:,} of {total:,} numbers {where}: {parts}'
