@@ -376,7 +376,8 @@ def judge(ends: Sequence[Mapping],  # of the two differences: ci_low, ci_high an
     "Whether a set supports that WISE-FT is better than both ends."
     if all(alpha in (0, 1) for alpha in alphas): return CLAIM_VERDICTS[3]
     if all(end['ci_low'] > 0 and end['p'] < .05 for end in ends): return CLAIM_VERDICTS[0]
-    return CLAIM_VERDICTS[1] if any(end['ci_high'] < 0 and end['p'] < .05 for end in ends) else CLAIM_VERDICTS[2]
+    worse = any(end['ci_high'] < 0 and end['p'] < .05 for end in ends)
+    return CLAIM_VERDICTS[1 if worse else 2]
 
 def differences(table: pd.DataFrame,  # of `end_rows`, one part
                 dataset: str,  # one of its sets
