@@ -13,7 +13,8 @@ def readme(path: Path = root/'nbs'/'index.ipynb') -> str:
     "Markdown of the notebook without hidden and directive-only cells."
     notebook = nbformat.read(path, as_version=4)
     hidden = re.compile(r'^#\|\s*(hide|default_exp|export)\b', re.M)
-    notebook.cells = [cell for cell in notebook.cells if cell.cell_type != 'code' or not hidden.search(cell.source)]
+    notebook.cells = [cell for cell in notebook.cells
+                      if cell.cell_type != 'code' or not hidden.search(cell.source)]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = re.sub(r'^```\n(?=(?:from|import) )', '```python\n', text, flags=re.M)
     note = '<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->\n'

@@ -1,4 +1,5 @@
-"""Makes the shipped reference from a finished mini study: `python .ci/renew_reference.py [REPORT]`, then look at `git diff` and commit.
+"""Makes the shipped reference from a finished mini study: `python .ci/renew_reference.py [REPORT]`, then
+look at `git diff` and commit.
 
 The tables, figures, manifest and page go to `reports/reference`; the outputs of the executed notebooks go into `nbs`."""
 import base64
@@ -26,7 +27,8 @@ def with_work(manifest: dict) -> dict:
     facts = {layout: facts_of(read_collection(mini_root()/layout)) for layout in set(PAPER_LAYOUT.values())}
     for notebook in NOTEBOOKS:
         entry = manifest['notebooks'][notebook.name]
-        entry['work'] = asdict(work_of(notebook.name, entry['parameters'], facts[PAPER_LAYOUT[notebook.paper]]))
+        entry['work'] = asdict(work_of(notebook.name, entry['parameters'],
+                                       facts[PAPER_LAYOUT[notebook.paper]]))
     return manifest
 
 
@@ -34,12 +36,15 @@ def as_jpeg(data: dict) -> dict:
     "An output's forms, a large picture (of photographs) as JPEG, which takes a fifth."
     if len(data.get('image/png', '')) < 200_000: return data
     buffer = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(data['image/png']))) as image: image.convert('RGB').save(buffer, 'JPEG', quality=88)
-    return {name: value for name, value in data.items() if name != 'image/png'} | {'image/jpeg': base64.b64encode(buffer.getvalue()).decode()}
+    with Image.open(io.BytesIO(base64.b64decode(data['image/png']))) as image:
+        image.convert('RGB').save(buffer, 'JPEG', quality=88)
+    return {name: value for name, value in data.items()
+            if name != 'image/png'} | {'image/jpeg': base64.b64encode(buffer.getvalue()).decode()}
 
 
 def take_outputs(executed: Path, source: Path) -> None:
-    "Put the outputs of an executed notebook under the same cells of its source, but for what was said on stderr."
+    """Put the outputs of an executed notebook under the same cells of its source, but for what was said on
+    stderr."""
     read = lambda path: json.loads(path.read_text(encoding='utf-8'))
     outputs = {cell['id']: cell.get('outputs', []) for cell in read(executed)['cells']}
     notebook = read(source)
@@ -53,15 +58,19 @@ def take_outputs(executed: Path, source: Path) -> None:
 
 def renew(report: Path) -> None:
     manifest = read_json(report/'manifest.json')
-    if not manifest or set(manifest['notebooks']) != {notebook.name for notebook in NOTEBOOKS}: sys.exit(f'{report}: not a whole study')
-    if any(entry['commit'].endswith('+') for entry in manifest['notebooks'].values()): sys.exit(f'{report}: made from sources that are not committed')
+    if not manifest or set(manifest['notebooks']) != {notebook.name for notebook in NOTEBOOKS}:
+        sys.exit(f'{report}: not a whole study')
+    if any(entry['commit'].endswith('+') for entry in manifest['notebooks'].values()):
+        sys.exit(f'{report}: made from sources that are not committed')
     target = reference_dir()
     for name in ('tables', 'figures'):
         shutil.rmtree(target/name, ignore_errors=True)
         shutil.copytree(report/name, target/name)
     write_json(target/'manifest.json', with_work(manifest))
     write_report(target)  # held against nothing, as it is what others are held against
-    for notebook in NOTEBOOKS: take_outputs(report/'notebooks'/f'{notebook.name}.ipynb', root/'nbs'/'methods'/f'{notebook.name}.ipynb')
+    for notebook in NOTEBOOKS:
+        take_outputs(report/'notebooks'/f'{notebook.name}.ipynb',
+                     root/'nbs'/'methods'/f'{notebook.name}.ipynb')
 
 
 if __name__ == '__main__': renew(Path(sys.argv[1]) if len(sys.argv) > 1 else root/'reports'/'mini')

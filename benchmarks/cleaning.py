@@ -15,7 +15,9 @@ import sys
 import time
 
 
-def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**(2 if sys.platform == 'darwin' else 1)  # MB
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**(2 if sys.platform == 'darwin'
+                                                                       else 1)  # MB
 
 
 def read_texts(folder: str) -> list[str]:
@@ -34,7 +36,8 @@ def measure(folder: str, language: str, preset: str, sample: int = 300) -> dict:
         cleaned = cleaning.clean_all(texts, preset, language)
         row[name] = len(texts) / (time.process_time() - start)
     row['MB'], row['peak'] = peak() - before, peak()
-    memos = [f for f in vars(cleaning).values() if hasattr(f, 'cache_clear') and f.cache_parameters()['maxsize'] == cleaning.MEMO]
+    memos = [f for f in vars(cleaning).values()
+             if hasattr(f, 'cache_clear') and f.cache_parameters()['maxsize'] == cleaning.MEMO]
     row['remembered'] = sum(f.cache_info().currsize for f in memos)
     start = time.process_time()
     for text, expected in zip(texts[:sample], cleaned):
@@ -57,8 +60,11 @@ def main():
     presets, rows = options.presets.split(','), {}
     for _ in range(options.repeats):
         for preset in presets:
-            command = [sys.executable, __file__, options.folder, '--language', options.language, '--one', preset]
-            rows.setdefault(preset, []).append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+            command = [sys.executable, __file__, options.folder, '--language', options.language, '--one',
+                       preset]
+            rows.setdefault(preset,
+                            []).append(json.loads(subprocess.run(command, capture_output=True, text=True,
+                                                                 check=True).stdout.splitlines()[-1]))
     median = lambda preset, name: statistics.median(row[name] for row in rows[preset])
     print(f"{rows[presets[0]][0]['texts']} texts, language {options.language}, median of {options.repeats}\n")
     print('| steps | first, texts/s | again, texts/s | no memo, texts/s | memo, times faster | memory added, MB | peak, MB | words remembered | characters left |\n|---|---|---|---|---|---|---|---|---|')

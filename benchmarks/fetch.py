@@ -60,7 +60,8 @@ async def plain(urls, folder, jobs):
     "As many requests as `jobs` at a time, whatever comes is written."
     import httpx
     queue = iter(enumerate(urls))
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=jobs, max_keepalive_connections=jobs)) as client:
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=jobs,
+                                                     max_keepalive_connections=jobs)) as client:
         async def work():
             for n, url in queue:
                 response = await client.get(url)
@@ -81,22 +82,27 @@ def child(kind, urls, folder, jobs):
         settings = FetchSettings(jobs=jobs, per_host=jobs, allow_private=True)
         if kind == 'fetch_images':
             with open(folder/'articles.csv', 'w', newline='') as file:
-                csv.writer(file).writerows([('article_id', 'title', 'image_id', 'image_url'), *((n, 'T', n, url) for n, url in enumerate(urls))])
+                csv.writer(file).writerows([('article_id', 'title', 'image_id', 'image_url'),
+                                            *((n, 'T', n, url) for n, url in enumerate(urls))])
             (folder/'images').mkdir()
             began = time.perf_counter()
             fetch_images(folder, settings)
         else:
-            downloads = [Download(httpx.URL(url), [Target(('x', str(n)), folder)]) for n, url in enumerate(urls)]
+            downloads = [Download(httpx.URL(url), [Target(('x', str(n)), folder)])
+                         for n, url in enumerate(urls)]
             began = time.perf_counter()
             asyncio.run(download_all(downloads, settings, lambda job, found: None))
-    print(json.dumps(dict(seconds=time.perf_counter() - began, images=len(list(folder.rglob('*.jpg'))), peak=peak_mb())))
+    print(json.dumps(dict(seconds=time.perf_counter() - began, images=len(list(folder.rglob('*.jpg'))),
+                          peak=peak_mb())))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', type=int, default=9445)
     parser.add_argument('--jobs', type=int, default=32)
-    parser.add_argument('--rate', type=float, default=300, help='answers a second that the server gives at most; 0: no limit')
+    parser.add_argument('--rate', type=float, default=300,
+                        help='answers a second that the server gives at most; 0: no limit')
     parser.add_argument('--delay', type=float, default=.02, help='seconds before each answer')
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--child', nargs=3)
@@ -110,15 +116,19 @@ def main():
         for n in range(20):  # 300 x 150 pixels, as those of 2021
             noise = Image.fromarray(rng.integers(0, 255, (19, 38, 3), np.uint8)).resize((300, 150))
             noise.save(root/f'body{n}.jpg', quality=85)
-        server = subprocess.Popen([sys.executable, '-c', SERVER, str(args.delay), str(args.rate), *map(str, sorted(root.glob('body*.jpg')))], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([sys.executable, '-c', SERVER, str(args.delay), str(args.rate),
+                                   *map(str, sorted(root.glob('body*.jpg')))], stdout=subprocess.PIPE,
+                                  text=True)
         try:
             base = f'http://127.0.0.1:{server.stdout.readline().strip()}'
             for repeat in range(args.repeats):
                 for kind in kinds[repeat % 3:] + kinds[:repeat % 3]:
                     folder = root/f'{kind}-{repeat}'
                     folder.mkdir()
-                    command = [sys.executable, __file__, '--images', str(args.images), '--jobs', str(args.jobs), '--child', kind, base, str(folder)]
-                    done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                    command = [sys.executable, __file__, '--images', str(args.images), '--jobs',
+                               str(args.jobs), '--child', kind, base, str(folder)]
+                    done = json.loads(subprocess.run(command, capture_output=True, text=True,
+                                                     check=True).stdout)
                     assert done['images'] == args.images, done
                     seconds.setdefault(kind, []).append(done['seconds'])
                     peaks.setdefault(kind, []).append(done['peak'])

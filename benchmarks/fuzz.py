@@ -1,4 +1,5 @@
-"""Readers under damaged input: the only outcomes are a right value and `InputError`. Counts them by reader; whatever else comes is kept as a file.
+"""Readers under damaged input: the only outcomes are a right value and `InputError`. Counts them by reader;
+whatever else comes is kept as a file.
 
     python benchmarks/fuzz.py --count 100000 --seed 0
     python benchmarks/fuzz.py --count 5000 --reader image --first 1234    # from the 1234th input on
@@ -30,10 +31,13 @@ from pathlib import Path
 
 from newsrepro.core.base import InputError
 
-EXTREMES = [b'0', b'-1', b'-0', b'1e309', b'-1e309', b'nan', b'inf', b'9'*30, b'2147483648', b'18446744073709551616',
+EXTREMES = [b'0', b'-1', b'-0', b'1e309', b'-1e309', b'nan', b'inf', b'9'*30, b'2147483648',
+            b'18446744073709551616',
             b'1e-400', b'1_000', '٣'.encode(), b'0x10', b'']
-PIECES = [b'\0', b'"', b'""', b"'", b'\r', b'\n', b'\r\n', b'\t', b',', b';', b'\xff', b'\xef\xbb\xbf', b'\xff\xfe', b'\xfe\xff',
-          b'\x81', b'\xed\xa0\x80', '\u2028'.encode(), '\u0085'.encode(), b'=', b'#', b'{', b'[', b'\\ud800', b'..', b'/', b'%s',
+PIECES = [b'\0', b'"', b'""', b"'", b'\r', b'\n', b'\r\n', b'\t', b',', b';', b'\xff', b'\xef\xbb\xbf',
+          b'\xff\xfe', b'\xfe\xff',
+          b'\x81', b'\xed\xa0\x80', '\u2028'.encode(), '\u0085'.encode(), b'=', b'#', b'{', b'[', b'\\ud800',
+          b'..', b'/', b'%s',
           b'null', b'true', b'[]', b'{}', b'A'*3000, b'['*3000]
 ENCODINGS = ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'cp1252', 'latin-1', 'utf-8-sig', 'utf-7', 'cp037']
 
@@ -43,7 +47,9 @@ def mutate(data: bytes, others: list[bytes], pieces: list[bytes], rng: random.Ra
     at, to = sorted(rng.randint(0, len(data)) for _ in range(2))
     kind = rng.randrange(13)
     if kind == 0: return data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
-    if kind == 1: return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:] if at < len(data) else data
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at
+                                                                            + 1:] if at < len(data) else data
     if kind == 2: return data[:at]
     if kind == 3: return data[:at] + data[to:]
     if kind == 4: return data[:to] + data[at:to]*rng.choice([1, 1, 2, 9]) + data[to:]
@@ -125,7 +131,8 @@ def check_run(run) -> None:
 def table_seeds() -> list[bytes]:
     return ['article_id,title,image_id\n1,"Rain, in Köln",a\n2,Snow,b\n'.encode(),
             'article\ttitle\ttext\tiid\n512345678\tDie „Bild“\t"zwei\nZeilen"\t900001\n'.encode('utf-8-sig'),
-            'text;translation\nHund;dog\nKatze;cat\n'.encode('utf-16'), 'a,text\n1,KÃ¶ln\n2,Münze\n'.encode('cp1252', 'ignore')]
+            'text;translation\nHund;dog\nKatze;cat\n'.encode('utf-16'),
+            'a,text\n1,KÃ¶ln\n2,Münze\n'.encode('cp1252', 'ignore')]
 
 
 def read_any_table(path: Path):
@@ -142,7 +149,8 @@ def check_table(found) -> None:
 
 def parquet_seeds() -> list[bytes]:
     import pandas as pd
-    table = pd.DataFrame(dict(article_id=[1, 2], title=['Rain', None], when=pd.to_datetime(['2022-11-05', None]), share=[.5, math.nan]))
+    table = pd.DataFrame(dict(article_id=[1, 2], title=['Rain', None],
+                              when=pd.to_datetime(['2022-11-05', None]), share=[.5, math.nan]))
     def written(**options):
         file = io.BytesIO()
         table.to_parquet(file, **options)
@@ -151,7 +159,8 @@ def parquet_seeds() -> list[bytes]:
 
 
 def translation_seeds() -> list[bytes]:
-    return ['text,translation\nHund,dog\nKatze,cat\n'.encode(), 'translation\ttext\nhound\t"Hund\nund Katze"\n'.encode()]
+    return ['text,translation\nHund,dog\nKatze,cat\n'.encode(),
+            'translation\ttext\nhound\t"Hund\nund Katze"\n'.encode()]
 
 
 def read_translation_table(path: Path):
@@ -164,7 +173,8 @@ def check_translations(found) -> None:
 
 
 def truth_seeds() -> list[bytes]:
-    return [b'article_id,image_id\na,i\nb,j\n', b'article\taid\turl\timg\tiid\n512345678\t700001\thttps://e.org/1\tx\t900001\n']
+    return [b'article_id,image_id\na,i\nb,j\n',
+            b'article\taid\turl\timg\tiid\n512345678\t700001\thttps://e.org/1\tx\t900001\n']
 
 
 def read_truth_table(path: Path):
@@ -187,9 +197,14 @@ def picture(kind: str, mode: str = 'RGB', size: tuple[int, int] = (9, 7), **opti
 
 
 def picture_seeds() -> list[bytes]:
-    return [picture('JPEG'), picture('JPEG', progressive=True, exif=b'Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0'), picture('PNG', 'RGBA'),
-            picture('PNG', 'P'), picture('PNG', 'I;16'), picture('GIF', 'P'), picture('WEBP'), picture('WEBP', 'RGBA', lossless=True), picture('BMP'),
-            picture('TIFF'), picture('TIFF', 'CMYK', compression='tiff_lzw'), picture('PPM'), picture('JPEG', 'CMYK'), picture('JPEG2000')]
+    return [picture('JPEG'),
+            picture('JPEG', progressive=True,
+                    exif=b'Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0'),
+            picture('PNG', 'RGBA'),
+            picture('PNG', 'P'), picture('PNG', 'I;16'), picture('GIF', 'P'), picture('WEBP'),
+            picture('WEBP', 'RGBA', lossless=True), picture('BMP'),
+            picture('TIFF'), picture('TIFF', 'CMYK', compression='tiff_lzw'), picture('PPM'),
+            picture('JPEG', 'CMYK'), picture('JPEG2000')]
 
 
 def read_picture(path: Path):
@@ -212,8 +227,10 @@ def beside_picture(folder: Path) -> None:
 
 def collection_seeds() -> list[bytes]:
     head = 'article_id,title,text,image_id,split,dataset,date,url,lang\n'
-    return [(head + '1,Rain,It rains.,a,train,EU/US,2022-11-05,https://e.org/1,en\n2,Schnee,Es schneit.,b,test,EU/US,5.11.2022,,de\n').encode(),
-            b'article_id,title,image_id\n1,Rain,a\n2,Snow,b\n', b'article\ttitle\ttext\tiid\n512345678\tA\tB\ta\n512345679\tA\tB\tb\n',
+    return [(head
+             + '1,Rain,It rains.,a,train,EU/US,2022-11-05,https://e.org/1,en\n2,Schnee,Es schneit.,b,test,EU/US,5.11.2022,,de\n').encode(),
+            b'article_id,title,image_id\n1,Rain,a\n2,Snow,b\n',
+            b'article\ttitle\ttext\tiid\n512345678\tA\tB\ta\n512345679\tA\tB\tb\n',
             b'article_id,article_title,image_id,date_published\n1,A,a,2025-01-01\n2,B,b,2025-01-02\n']
 
 
@@ -225,9 +242,11 @@ def read_whole_collection(path: Path):
 
 def check_collection(found) -> None:
     collection, told = found
-    assert set(collection.articles.split) <= {'train', 'test'} and set(collection.images.status) <= {'ok', 'missing', 'broken', 'oversized', 'extreme', 'outside'}
+    assert set(collection.articles.split) <= {'train', 'test'} and set(collection.images.status) <= {'ok',
+                                                                                                     'missing', 'broken', 'oversized', 'extreme', 'outside'}
     assert sum(part['articles'] for part in told['splits'].values()) == len(collection.articles)
-    assert not collection.articles.duplicated(['dataset', 'split', 'article_id']).any() and all(collection.articles.article_id != '')
+    assert not collection.articles.duplicated(['dataset', 'split',
+                                               'article_id']).any() and all(collection.articles.article_id != '')
     assert all(map(is_text, told['problems'])) and len(collection.fingerprint) == 64
     json.dumps(told)
 
@@ -245,7 +264,8 @@ def weight_seeds() -> list[bytes]:
         return file.getvalue()
     scripted = io.BytesIO()
     with warnings.catch_warnings(action='ignore'): torch.jit.save(torch.jit.script(model), scripted)
-    return [save(state), pickled(state), pickled({'state_dict': state}), pickled(state, _use_new_zipfile_serialization=False),
+    return [save(state), pickled(state), pickled({'state_dict': state}),
+            pickled(state, _use_new_zipfile_serialization=False),
             save(state), save({'h': torch.ones(2, dtype=torch.float16)}), scripted.getvalue()]
 
 
@@ -256,7 +276,8 @@ def read_checkpoint(path: Path):
 
 def check_weights(state) -> None:
     import torch
-    assert isinstance(state, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+    assert isinstance(state, dict) and all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                           for key, value in state.items())
     assert all(value.dtype == torch.float32 for value in state.values() if value.is_floating_point())
     for value in state.values(): value.sum()  # its bytes are there
 
@@ -282,15 +303,18 @@ def beside_report(folder: Path) -> None:
 
 
 def manifest_seeds() -> list[bytes]:
-    record = {'notebooks': {'11_clip_sweep': {'command': 'newsrepro reproduce', 'seconds': 1.5}}, 'libraries': {'torch': '2.9'}, 'device': 'cpu', 'platform': 'Linux'}
+    record = {'notebooks': {'11_clip_sweep': {'command': 'newsrepro reproduce', 'seconds': 1.5}},
+              'libraries': {'torch': '2.9'}, 'device': 'cpu', 'platform': 'Linux'}
     return [json.dumps(record, indent=1).encode(), json.dumps({'libraries': None, 'notebooks': {}}).encode()]
 
 
 def check_verified(found) -> None:
     verdicts = ('identical', 'close', 'differs', 'missing')
     assert all(isinstance(found[verdict], int) for verdict in verdicts)
-    for verdict in verdicts: assert found[verdict] == sum(counts[verdict] for counts in found['tables'].values())
-    assert len(found['worst']) <= 10 and all(one['verdict'] in ('differs', 'missing') for one in found['worst'])
+    for verdict in verdicts:
+        assert found[verdict] == sum(counts[verdict] for counts in found['tables'].values())
+    assert len(found['worst']) <= 10 and all(one['verdict'] in ('differs', 'missing')
+                                             for one in found['worst'])
     json.dumps(found)
 
 
@@ -307,9 +331,11 @@ exact: bool = True  # no short cuts
 
 
 def notebook_seeds() -> list[bytes]:
-    cell = dict(cell_type='code', id='params', metadata=dict(tags=['parameters']), execution_count=None, outputs=[], source=PARAMETERS)
+    cell = dict(cell_type='code', id='params', metadata=dict(tags=['parameters']), execution_count=None,
+                outputs=[], source=PARAMETERS)
     other = dict(cell_type='markdown', id='title', metadata={}, source=['# A\n', '> b'])
-    return [json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata={}), indent=1).encode() for cells in ([other, cell], [cell], [other])]
+    return [json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata={}), indent=1).encode()
+            for cells in ([other, cell], [cell], [other])]
 
 
 def read_parameters(path: Path):
@@ -331,7 +357,8 @@ def read_source(path: Path):
 
 
 def set_seeds() -> list[bytes]:
-    return [f'1_toy.{text}'.encode() for text in ('seed=7', 'rate=.5', 'shares=0.1,0.9', 'depths=5, 10', 'part=full', 'exact=no', 'profile=a=b')]
+    return [f'1_toy.{text}'.encode() for text in ('seed=7', 'rate=.5', 'shares=0.1,0.9', 'depths=5, 10',
+                                                  'part=full', 'exact=no', 'profile=a=b')]
 
 
 def beside_set(folder: Path) -> None: (folder/'1_toy.ipynb').write_bytes(notebook_seeds()[0])
@@ -347,15 +374,18 @@ def read_set(path: Path):
 
 def check_set(found) -> None:
     name, value = found
-    fits = dict(seed=lambda: type(value) is int and value >= 0, rate=lambda: 0 < value < 1, part=lambda: value in ('title', 'paragraph-starts', 'full'),
-                exact=lambda: type(value) is bool, profile=lambda: False, shares=lambda: all(0 < float(x) < 1 for x in value.split(',') if x.strip()),
+    fits = dict(seed=lambda: type(value) is int and value >= 0, rate=lambda: 0 < value < 1,
+                part=lambda: value in ('title', 'paragraph-starts', 'full'),
+                exact=lambda: type(value) is bool, profile=lambda: False,
+                shares=lambda: all(0 < float(x) < 1 for x in value.split(',') if x.strip()),
                 depths=lambda: all(int(x) >= 1 for x in value.split(',') if x.strip()))
     assert fits[name]()
 
 
 # what servers answer
 
-def header_seeds() -> list[bytes]: return [b'120', b'Wed, 21 Oct 2026 07:28:00 GMT', b'0.5', b'Wed, 21 Oct 2026 07:28:00 +0100']
+def header_seeds() -> list[bytes]:
+    return [b'120', b'Wed, 21 Oct 2026 07:28:00 GMT', b'0.5', b'Wed, 21 Oct 2026 07:28:00 +0100']
 
 
 def read_header(path: Path):
@@ -367,7 +397,8 @@ def check_header(seconds) -> None: assert seconds is None or math.isfinite(secon
 
 
 def url_seeds() -> list[bytes]:
-    return [b'https://e.org/a.jpg?x=1&amp;y=2', b'//host/x.jpg', 'https://müller.de/ä ö.png#f'.encode(), b'http://[::1]:80/a', b'http://user:pw@e.org:8080/../x.jpg']
+    return [b'https://e.org/a.jpg?x=1&amp;y=2', b'//host/x.jpg', 'https://müller.de/ä ö.png#f'.encode(),
+            b'http://[::1]:80/a', b'http://user:pw@e.org:8080/../x.jpg']
 
 
 def read_url(path: Path):
@@ -382,22 +413,38 @@ def check_url(url) -> None: assert str(url).startswith(('http://', 'https://')) 
 
 
 READERS = {
-    'run': Reader(run_seeds, read_run_file, check_run, 'run.tsv', share=20, pieces=(b'\t', b'articleID', b'header', b'i1', b'a1\t')),
-    'table': Reader(table_seeds, read_any_table, check_table, 'table.csv', share=10, pieces=(b'article_id', b'"', b'title', 'Ã¶'.encode())),
-    'parquet': Reader(parquet_seeds, read_any_table, check_table, 'table.parquet', share=5, pieces=(b'PAR1',)),
-    'translations': Reader(translation_seeds, read_translation_table, check_translations, 'told.csv', share=5, pieces=(b'text', b'translation')),
-    'truth': Reader(truth_seeds, read_truth_table, check_truth, 'truth.tsv', share=5, pieces=(b'article_id', b'image_id', b'512345678')),
-    'collection': Reader(collection_seeds, read_whole_collection, check_collection, 'articles.csv', beside_articles, 5, (b'test', b'train', b'../', b'iid', b'split')),
-    'picture of a collection': Reader(picture_seeds, read_whole_collection, check_collection, 'images/a.png', beside_picture, 5),
-    'image': Reader(picture_seeds, read_picture, check_picture, 'a.png', share=15, pieces=(b'IHDR', b'iCCP', b'eXIf', b'\xff\xe1', b'\xff\xe2', b'VP8 ', b'8BPS')),
-    'checkpoint': Reader(weight_seeds, read_checkpoint, check_weights, 'model.pt', share=8, pieces=(b'ctorch\n', b'cos\nsystem\n', b'F32', b'data_offsets', b'PK\3\4')),
-    'report': Reader(lambda: [TABLE.encode()], read_report_table, check_verified, 'report/tables/zhang2022-table-2.csv', beside_report, 4, (b'nan', b'inf', b'p')),
-    'manifest': Reader(manifest_seeds, read_report_table, check_verified, 'report/manifest.json', beside_report, 4, (b'"notebooks"', b'"libraries"', b'5', b'[1]', b'"x"')),
-    'notebook': Reader(notebook_seeds, read_parameters, check_parameters, 'a.ipynb', share=3, pieces=(b'"cells"', b'"source"', b'"tags"')),
-    'parameters': Reader(source_seeds, read_source, check_parameters, 'source.txt', share=4, pieces=(b': int = ', b'  # in [1, inf)', b'# one of a, b', b'(')),
-    'set': Reader(set_seeds, read_set, check_set, 'set.txt', beside_set, 4, (b'=', b'.', b'seed', b'inf', b'nan', b',')),
-    'header': Reader(header_seeds, read_header, check_header, 'header.txt', share=1, pieces=(b'GMT', b'Wed, ')),
-    'url': Reader(url_seeds, read_url, check_url, 'url.txt', share=2, pieces=(b'http://', b'&amp;', b'%00', b'@', b':99999', b'[', b']')),
+    'run': Reader(run_seeds, read_run_file, check_run, 'run.tsv', share=20,
+                  pieces=(b'\t', b'articleID', b'header', b'i1', b'a1\t')),
+    'table': Reader(table_seeds, read_any_table, check_table, 'table.csv', share=10,
+                    pieces=(b'article_id', b'"', b'title', 'Ã¶'.encode())),
+    'parquet': Reader(parquet_seeds, read_any_table, check_table, 'table.parquet', share=5,
+                      pieces=(b'PAR1',)),
+    'translations': Reader(translation_seeds, read_translation_table, check_translations, 'told.csv', share=5,
+                           pieces=(b'text', b'translation')),
+    'truth': Reader(truth_seeds, read_truth_table, check_truth, 'truth.tsv', share=5,
+                    pieces=(b'article_id', b'image_id', b'512345678')),
+    'collection': Reader(collection_seeds, read_whole_collection, check_collection, 'articles.csv',
+                         beside_articles, 5, (b'test', b'train', b'../', b'iid', b'split')),
+    'picture of a collection': Reader(picture_seeds, read_whole_collection, check_collection, 'images/a.png',
+                                      beside_picture, 5),
+    'image': Reader(picture_seeds, read_picture, check_picture, 'a.png', share=15,
+                    pieces=(b'IHDR', b'iCCP', b'eXIf', b'\xff\xe1', b'\xff\xe2', b'VP8 ', b'8BPS')),
+    'checkpoint': Reader(weight_seeds, read_checkpoint, check_weights, 'model.pt', share=8,
+                         pieces=(b'ctorch\n', b'cos\nsystem\n', b'F32', b'data_offsets', b'PK\3\4')),
+    'report': Reader(lambda: [TABLE.encode()], read_report_table, check_verified,
+                     'report/tables/zhang2022-table-2.csv', beside_report, 4, (b'nan', b'inf', b'p')),
+    'manifest': Reader(manifest_seeds, read_report_table, check_verified, 'report/manifest.json',
+                       beside_report, 4, (b'"notebooks"', b'"libraries"', b'5', b'[1]', b'"x"')),
+    'notebook': Reader(notebook_seeds, read_parameters, check_parameters, 'a.ipynb', share=3,
+                       pieces=(b'"cells"', b'"source"', b'"tags"')),
+    'parameters': Reader(source_seeds, read_source, check_parameters, 'source.txt', share=4,
+                         pieces=(b': int = ', b'  # in [1, inf)', b'# one of a, b', b'(')),
+    'set': Reader(set_seeds, read_set, check_set, 'set.txt', beside_set, 4,
+                  (b'=', b'.', b'seed', b'inf', b'nan', b',')),
+    'header': Reader(header_seeds, read_header, check_header, 'header.txt', share=1,
+                     pieces=(b'GMT', b'Wed, ')),
+    'url': Reader(url_seeds, read_url, check_url, 'url.txt', share=2,
+                  pieces=(b'http://', b'&amp;', b'%00', b'@', b':99999', b'[', b']')),
 }
 
 
@@ -406,15 +453,19 @@ READERS = {
 TIME, MEMORY = 20, 6*2**30  # seconds an input, bytes of address space beyond what is there when it starts
 
 
-class TooLong(BaseException): "No answer in `TIME` seconds; not an `Exception`, so that no reader takes it for damage."
+class TooLong(BaseException):
+    "No answer in `TIME` seconds; not an `Exception`, so that no reader takes it for damage."
 
 
-def outcome_of(reader: Reader, path: Path, data: bytes) -> tuple[str, str]:  # 'value', 'refused' or what went wrong; where
+def outcome_of(reader: Reader, path: Path,
+               data: bytes) -> tuple[str, str]:  # 'value', 'refused' or what went wrong; where
     "Read `data` and say what came of it."
     path.write_bytes(data)
     signal.setitimer(signal.ITIMER_REAL, TIME)
     try: value = reader.read(path)
-    except InputError as error: return ('refused', '') if len(str(error).splitlines()) == 1 else ('refused in several lines', str(error)[:200])
+    except InputError as error:
+        return ('refused', '') if len(str(error).splitlines()) == 1 else ('refused in several lines',
+                                                                          str(error)[:200])
     except TooLong: return 'hangs', ''
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)
@@ -422,7 +473,8 @@ def outcome_of(reader: Reader, path: Path, data: bytes) -> tuple[str, str]:  # '
         return type(error).__name__, f'{Path(own[-1].filename).name} {own[-1].name}: {str(error)[:120]!r}'
     finally: signal.setitimer(signal.ITIMER_REAL, 0)
     try: reader.check(value)
-    except Exception as error: return 'wrong value', f'{traceback.extract_tb(error.__traceback__)[-1].line} {str(error)[:80]}'
+    except Exception as error:
+        return 'wrong value', f'{traceback.extract_tb(error.__traceback__)[-1].line} {str(error)[:80]}'
     return 'value', ''
 
 
@@ -490,13 +542,15 @@ def keep(folder: Path, name: str, number: int, seed: int) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--count', type=int, default=100_000, help='inputs of all readers together')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--first', type=int, default=0, help='number of the first input of a reader')
     parser.add_argument('--reader', choices=list(READERS), action='append', help='only this one; repeatable')
     parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='processes')
-    parser.add_argument('--out', type=Path, default=Path('fuzz-findings'), help='folder for reproducing files')
+    parser.add_argument('--out', type=Path, default=Path('fuzz-findings'),
+                        help='folder for reproducing files')
     args = parser.parse_args()
     started, wanted = time.time(), shares(args.count, args.reader or list(READERS))
     print('| reader | inputs | value | refused | other |\n|---|---|---|---|---|', flush=True)
@@ -510,7 +564,8 @@ def main() -> int:
             bad, total = bad + len(findings), total + wanted[name]
             kinds = Counter((kind, where.partition(':')[0]) for _, kind, where in findings)
             for (kind, place), n in kinds.most_common():
-                number, where = next((number, where) for number, k, where in findings if (k, where.partition(':')[0]) == (kind, place))
+                number, where = next((number, where) for number, k, where in findings
+                                     if (k, where.partition(':')[0]) == (kind, place))
                 told.append(f'{name}: {kind} ({n} times) {where}\n  {keep(args.out, name, number, args.seed)}')
     print(f'\n{total:,} inputs, seed {args.seed}: {bad:,} neither a value nor refused; {time.time() - started:.0f} s in {args.jobs} processes')
     print(*told, sep='\n')

@@ -33,7 +33,7 @@ from newsrepro.models.single_stream import (Effort, Matcher, PictureRule, embed_
 from newsrepro.models.train import (Pairs, Recipe, batch_stream, make_optimiser, normaliser, optimise,
                                     set_modes)
 from newsrepro.ranking.one_to_one import dual_softmax_top_k
-from newsrepro.study.needs import MARIAN_GFLOPS, VILT_GFLOPS, Part, Work, work_of
+from newsrepro.study.needs import KINDS_OF_WORK, MARIAN_GFLOPS, VILT_GFLOPS, Part, operations, work_of
 from newsrepro.study.registry import NOTEBOOKS, PAPER_LAYOUT, notebook_parameters
 
 WHOLE = 510.  # seconds of all parts
@@ -334,7 +334,6 @@ OFFICIAL = {'newsimages2021': {'newsimages2021': Part(7530, 1915, 1915, 1915, 94
                                'RT': Part(1925, 1500, 1500, 1500, 3425, 1925),
                                'TW': Part(4410, 1500, 1500, 1500, 0, 4410)}}
 SENTENCES = 12  # of a German article, title and body
-KINDS = ('encoding', 'scoring', 'training', 'pair_training', 'translating')
 
 
 def speeds(parts: Mapping[str, Mapping]) -> dict[str, float]:  # kind of work -> 10^9 operations a second
@@ -349,18 +348,7 @@ def speeds(parts: Mapping[str, Mapping]) -> dict[str, float]:  # kind of work ->
     own = (encoding, vilt*value('vilt', 'pairs_end_to_end_half'),
            step*value('training, small batch', 'pairs_single'), 3*vilt*value('vilt training', 'pairs'),
            marian*value('translation', 'sentences')/SENTENCES)
-    return dict(zip(KINDS, own))
-
-
-def operations(work: Work,  # of a notebook
-               is_pairs: bool  # whether what it trains scores pairs
-              ) -> dict[str, float]:  # kind of work -> 10^9 operations
-    "What is neither trained, scored nor translated is encoded."
-    step = VILT_GFLOPS['paper'] if is_pairs else sum(find_backbone('ViT-B/32', 'paper').gflops)
-    found = {'scoring': work.pairs*VILT_GFLOPS['paper'],
-             'translating': work.translated*MARIAN_GFLOPS['paper'],
-             'pair_training' if is_pairs else 'training': 3*work.steps*step}
-    return found | dict(encoding=work.gflops - sum(found.values()))
+    return dict(zip(KINDS_OF_WORK, own))
 
 
 def bill(rates: Mapping[str, float]) -> dict[str, dict]:  # notebook -> hours, gigabytes
@@ -371,8 +359,8 @@ def bill(rates: Mapping[str, float]) -> dict[str, dict]:  # notebook -> hours, g
         values = {name: parameter.default for name, parameter in declared.items()} | {'profile': 'paper'}
         work = work_of(notebook.name, values, OFFICIAL[PAPER_LAYOUT[notebook.paper]])
         if work is None: continue
-        amounts = operations(work, bool(work.pairs))
-        hours = sum(gflops/rates[kind] for kind, gflops in amounts.items() if gflops)/3600
+        amounts = operations(work, 'paper').items()
+        hours = sum(gflops/rates[kind] for kind, gflops in amounts if gflops)/3600
         found[notebook.name] = dict(hours=hours, gigabytes=work.megabytes/1000)
     return found
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from newsrepro.core.base import MINI_DIR, InputError, cache_dir, notebooks_dir, read_json, write_json
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.study.needs import models_of
-from newsrepro.study.registry import PAPER_LAYOUT, STUDY_FIGURES, STUDY_TABLES, notebook_parameters
+from newsrepro.study.registry import STUDY_FIGURES, STUDY_TABLES, notebook_parameters
 from newsrepro.study.plan import choose, parse_set
 
 MARK = 'rehearsal-random-weights'  # in the name of each collection, so in each row and under each table
@@ -214,26 +214,21 @@ def environment(work: Path) -> dict[str, str]:
     return dict(os.environ) | own
 
 
-def command_of(args, notebooks: Sequence[str], data: Path, sets: Sequence[str], out: Path) -> list[str]:
-    "The line of `newsrepro reproduce` that runs `notebooks` on `data`."
-    line = ['reproduce', '--profile', 'paper', '--data', str(data), '--weights', str(args.work/'weights'),
-            '--device', args.device, '--out', str(out)]
-    for name in notebooks: line += ['--only', name]
-    for text in sets:
-        if text.partition('.')[0] in notebooks: line += ['--set', text]
-    return line
+def command_of(args, data: Sequence[Path], sets: Sequence[str], out: Path) -> list[str]:
+    "The line of `newsrepro reproduce` that runs the notebooks, each on the collection of its paper's year."
+    line = ['reproduce', '--profile', 'paper', '--weights', str(args.work/'weights'), '--device', args.device,
+            '--out', str(out)]
+    several = {'--data': data, '--only': args.only, '--set': sets}
+    given = [(option, str(value)) for option, values in several.items() for value in values]
+    return [*line, *(word for pair in given for word in pair)]
 
 
-def rehearse(args, collections: Mapping[str, Path], sets: Sequence[str], out: Path) -> None:
-    "Run each year's notebooks on the collection of that year."
-    notebooks = choose(args.only)
-    for layout, data in collections.items():
-        names = [notebook.name for notebook in notebooks if PAPER_LAYOUT[notebook.paper] == layout]
-        if not names: continue
-        line = command_of(args, names, data, sets, out)
-        print('newsrepro', *line, flush=True)
-        main = 'from newsrepro.cli import main; main()'
-        subprocess.run([sys.executable, '-c', main, *line], env=environment(args.work), check=False)
+def rehearse(args, data: Sequence[Path], sets: Sequence[str], out: Path) -> None:
+    "Run the command, in a process of its own."
+    line = command_of(args, data, sets, out)
+    print('newsrepro', *line, flush=True)
+    main = 'from newsrepro.cli import main; main()'
+    subprocess.run([sys.executable, '-c', main, *line], env=environment(args.work), check=False)
 
 
 def state_of(out: Path, name: str) -> dict:  # state, seconds, peak_memory_mb, said
@@ -320,7 +315,7 @@ def main() -> int:
     collections = make_collections(args.work/'data', size, not args.without_truth)
     make_checkpoints(wanted_models(args.only, sets), args.work/'weights', size.sentence)
     print(f'prepared in {time.time() - began:.0f} s', flush=True)
-    rehearse(args, collections, sets, out)
+    rehearse(args, list(collections.values()), sets, out)
     found = account(out, args.work, names, time.time() - began)
     text = summary(found)
     mark_report(out, text)

@@ -74,7 +74,8 @@ def table(rows):
 def search(a):
     q, c = unit_rows(a.size, a.dim, 0), unit_rows(a.size, a.dim, 1)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
-    jobs = {'dual softmax': lambda: dual_softmax_top_k(q, c, a.k, a.temperature, a.device), 'top-k': lambda: top_k(q, c, a.k, a.device)}
+    jobs = {'dual softmax': lambda: dual_softmax_top_k(q, c, a.k, a.temperature, a.device),
+            'top-k': lambda: top_k(q, c, a.k, a.device)}
     for job in jobs.values(): job()  # the first two, so that the peak of memory is theirs
     memory = peak()
     jobs['bare product'] = lambda: bare_product(q, c, a.device)
@@ -90,7 +91,8 @@ def search(a):
     per_round = lambda one, other, times: f'{statistics.median(x/(times*y) for x, y in zip(seconds[one], seconds[other])):.2f} of {times or ""} {other}'
     ratios = {'bare product': '', 'dual softmax': per_round('dual softmax', 'bare product', 2)}
     for name in ('top-k', 'obvious top-k loop'):
-        if 'FAISS IndexFlatIP' in jobs and name in jobs: ratios[name] = per_round(name, 'FAISS IndexFlatIP', 1)
+        if 'FAISS IndexFlatIP' in jobs and name in jobs:
+            ratios[name] = per_round(name, 'FAISS IndexFlatIP', 1)
     print(f'{a.size:,} x {a.size:,} x {a.dim}, top {a.k}, temperature {a.temperature}, {a.device}, {torch.get_num_threads()} threads; '
           f'peak memory of dual softmax and top-k with their inputs {memory:.2f} GB')
     table([(name, median[name], ratios.get(name, '')) for name in jobs])
@@ -100,15 +102,20 @@ def assignment(a):
     cosines = unit_rows(a.assignment, a.dim, 0) @ unit_rows(a.assignment, a.dim, 1).T
     near = unit_rows(a.assignment, a.dim, 2)
     rows = []
-    for name, scores in (('random', cosines), ('right pairs hidden in noise', near @ (near + .15*np.random.default_rng(3).standard_normal(near.shape, dtype=np.float32)).T)):
+    for name, scores in (('random', cosines),
+                         ('right pairs hidden in noise',
+                          near @ (near + .15*np.random.default_rng(3).standard_normal(near.shape,
+                                                                                      dtype=np.float32)).T)):
         start = time.perf_counter()
         assign(scores)
-        rows.append((f'assignment {a.assignment:,} x {a.assignment:,}, {name}', time.perf_counter() - start, ''))
+        rows.append((f'assignment {a.assignment:,} x {a.assignment:,}, {name}', time.perf_counter() - start,
+                     ''))
     table(rows)
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', type=int, default=100_000, help='articles, and images')
     parser.add_argument('--dim', type=int, default=512)
     parser.add_argument('--k', type=int, default=100)
@@ -116,7 +123,8 @@ if __name__ == '__main__':
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--assignment', type=int, default=5000, help='articles, and images, of the assignment')
+    parser.add_argument('--assignment', type=int, default=5000,
+                        help='articles, and images, of the assignment')
     parser.add_argument('--obvious', action='store_true', help='time the obvious loop too')
     parser.add_argument('--only', choices=('search', 'assignment'))
     a = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Language detection, paragraphs and selection over a collection: counts, texts a second, memory; and the mini translator's sentences a second.
+"""Language detection, paragraphs and selection over a collection: counts, texts a second, memory; and the
+mini translator's sentences a second.
 
     python benchmarks/text.py                       # the mini collection of 2021
     python benchmarks/text.py path/to/newsimages2021
@@ -19,7 +20,8 @@ from newsrepro.text.language import (SELECTIONS, TranslationMemory, detect_langu
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('folder', nargs='?', default='mini')
 parser.add_argument('--repeats', type=int, default=3)
-parser.add_argument('--translate', type=int, default=400, help='articles whose sentences are translated (mini data only)')
+parser.add_argument('--translate', type=int, default=400,
+                    help='articles whose sentences are translated (mini data only)')
 args = parser.parse_args()
 
 memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
@@ -54,7 +56,8 @@ print(f'\n{start_memory:.0f} MB before the first line (Python, pandas, the colle
 if args.folder == 'mini':
     texts = articles.text[:args.translate].tolist()
     count = len({s for text in texts for part in paragraphs(text) for s in sentences(part, 'de')})
-    translator = find_translator('profile', 'mini', TranslationMemory(Path(tempfile.mkdtemp())/'memory.sqlite'))
+    translator = find_translator('profile', 'mini',
+                                 TranslationMemory(Path(tempfile.mkdtemp())/'memory.sqlite'))
     translator(texts[:1])
     for state in ('first', 'again, from the memory'):
         start = time.perf_counter()

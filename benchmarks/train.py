@@ -1,4 +1,5 @@
-"""Step rate against a plain open_clip loop, and memory of a large batch in chunks: ViT-B/32 with random weights.
+"""Step rate against a plain open_clip loop, and memory of a large batch in chunks: ViT-B/32 with random
+weights.
 
     python benchmarks/train.py                    # both
     python benchmarks/train.py --only speed --device cuda --mixed --repetitions 20
@@ -31,7 +32,8 @@ def some_pairs(n: int, length: int) -> Pairs:
     tokens = torch.zeros(n, 77, dtype=torch.int64)
     tokens[:, :length] = torch.randint(1, 49000, (n, length))
     tokens[:, length - 1] = 49407
-    return Pairs(torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8), tokens, tuple(range(n)), tuple(range(n)))
+    return Pairs(torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8), tokens, tuple(range(n)),
+                 tuple(range(n)))
 
 
 def fresh(device: str, build=build_model) -> torch.nn.Module:
@@ -58,11 +60,14 @@ def plain_step(model, optimiser, loss_of, images, tokens, mixed):
 
 
 def speed(args, length: int) -> tuple[float, float]:  # median seconds a step: plain, ours
-    recipe = Recipe(args.repetitions + 1, batch_size=args.batch, rate=1e-5, warmup=0, augment='none', mixed=args.mixed)
-    pairs, ours, theirs = some_pairs(args.batch, length), fresh(args.device), fresh(args.device, as_open_clip_builds_it).train()
+    recipe = Recipe(args.repetitions + 1, batch_size=args.batch, rate=1e-5, warmup=0, augment='none',
+                    mixed=args.mixed)
+    pairs, ours, theirs = some_pairs(args.batch, length), fresh(args.device), fresh(args.device,
+                                                                                    as_open_clip_builds_it).train()
     set_modes(ours, recipe)
     decays = lambda wanted: [p for p in theirs.parameters() if (p.ndim >= 2) == wanted]
-    plain = torch.optim.AdamW([dict(params=decays(True), weight_decay=.1), dict(params=decays(False), weight_decay=0.)], lr=1e-5, betas=(.9, .98))
+    plain = torch.optim.AdamW([dict(params=decays(True), weight_decay=.1),
+                               dict(params=decays(False), weight_decay=0.)], lr=1e-5, betas=(.9, .98))
     optimiser, images = make_optimiser(ours, recipe), NORMALISE(pairs.pixels/255)
     stream, seconds = batch_stream(pairs, recipe, 224), {'plain': [], 'ours': []}
     steps = {'plain': lambda: plain_step(theirs, plain, ClipLoss(), images, pairs.tokens, args.mixed),
@@ -84,11 +89,13 @@ def resident_peak() -> float:  # megabytes
 
 def peak(args) -> None:
     "Print the peak memory of one step of `batch` pairs in chunks, the optimiser's state included."
-    model, recipe = fresh(args.device), Recipe(1, batch_size=args.batch, augment='none', mixed=args.mixed, chunk=args.chunk)
+    model, recipe = fresh(args.device), Recipe(1, batch_size=args.batch, augment='none', mixed=args.mixed,
+                                               chunk=args.chunk)
     set_modes(model, recipe)
     optimiser = make_optimiser(model, recipe)
     small = Recipe(1, batch_size=2, augment='none', mixed=args.mixed)
-    optimise(model, optimiser, next(batch_stream(some_pairs(2, 77), small, 224)), small, NORMALISE)  # fills Adam's state
+    optimise(model, optimiser, next(batch_stream(some_pairs(2, 77), small, 224)), small,
+             NORMALISE)  # fills Adam's state
     stream = batch_stream(some_pairs(args.batch, 77), recipe, 224)
     loss = optimise(model, optimiser, next(stream), recipe, NORMALISE)['loss']
     megabytes = resident_peak() if args.device == 'cpu' else torch.cuda.max_memory_allocated()/2**20
@@ -96,17 +103,21 @@ def peak(args) -> None:
 
 
 def measured(args, batch: int, chunk: int) -> float:
-    command = [sys.executable, __file__, '--peak', '--batch', str(batch), '--chunk', str(chunk), '--device', args.device] + ['--mixed']*args.mixed
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])['megabytes']
+    command = [sys.executable, __file__, '--peak', '--batch', str(batch), '--chunk', str(chunk), '--device',
+               args.device] + ['--mixed']*args.mixed
+    return json.loads(subprocess.run(command, check=True, capture_output=True,
+                                     text=True).stdout.splitlines()[-1])['megabytes']
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', choices=['speed', 'memory'], help='one of the two')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--mixed', action='store_true', help='bfloat16 towers')
     parser.add_argument('--batch', type=int, default=64)
-    parser.add_argument('--chunks', type=int, default=16, help='how many chunks of --batch the large batch has')
+    parser.add_argument('--chunks', type=int, default=16,
+                        help='how many chunks of --batch the large batch has')
     parser.add_argument('--repetitions', type=int, default=5)
     parser.add_argument('--peak', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--chunk', type=int, default=0, help=argparse.SUPPRESS)
@@ -117,7 +128,8 @@ def main():
     if args.only != 'memory':
         for length in (77, 16):
             plain, ours = speed(args, length)
-            print(f'| step, texts of {length} tokens | {plain:.2f} s | {ours:.2f} s | {ours/plain:.2f} |', flush=True)
+            print(f'| step, texts of {length} tokens | {plain:.2f} s | {ours:.2f} s | {ours/plain:.2f} |',
+                  flush=True)
     if args.only != 'speed':
         small, large = measured(args, args.batch, 0), measured(args, args.batch*args.chunks, args.batch)
         print(f'| peak memory, batch {args.batch*args.chunks} in {args.chunks} chunks against {args.batch} | {small:.0f} MB | {large:.0f} MB | {large/small:.2f} |')

@@ -6,9 +6,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT/'.cache'/'tests'
-for variable, folder in {'IPYTHONDIR': 'ipython', 'JUPYTER_CONFIG_DIR': 'jupyter/config', 'JUPYTER_DATA_DIR': 'jupyter/data',
-                         'JUPYTER_RUNTIME_DIR': 'jupyter/runtime', 'MPLCONFIGDIR': 'matplotlib', 'XDG_CACHE_HOME': 'xdg/cache',
-                         'XDG_CONFIG_HOME': 'xdg/config', 'XDG_DATA_HOME': 'xdg/data', 'HF_HOME': 'huggingface'}.items():
+for variable, folder in {'IPYTHONDIR': 'ipython', 'JUPYTER_CONFIG_DIR': 'jupyter/config',
+                         'JUPYTER_DATA_DIR': 'jupyter/data',
+                         'JUPYTER_RUNTIME_DIR': 'jupyter/runtime', 'MPLCONFIGDIR': 'matplotlib',
+                         'XDG_CACHE_HOME': 'xdg/cache',
+                         'XDG_CONFIG_HOME': 'xdg/config', 'XDG_DATA_HOME': 'xdg/data',
+                         'HF_HOME': 'huggingface'}.items():
     os.environ[variable] = str(TOOLS/folder)
     (TOOLS/folder).mkdir(parents=True, exist_ok=True)
 os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_WAIT_POLICY': 'PASSIVE',
@@ -17,7 +20,8 @@ os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_WA
 
 @pytest.fixture(scope='session', params=['generated', 'official'])
 def newsimages2021(request):
-    "A folder in the layout of 2021: the generated collection, and the organisers' texts where a copy lies beside the repository."
+    """A folder in the layout of 2021: the generated collection, and the organisers' texts where a copy
+    lies beside the repository."""
     from newsrepro.study.study import mini_root
     folder = mini_root()/'newsimages2021' if request.param == 'generated' else ROOT.parent/'shared'/'data'/'newsimages2021'
     if not folder.is_dir(): pytest.skip(f'{request.param}: no copy of NewsImages 2021 beside the repository')

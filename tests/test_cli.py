@@ -1,9 +1,9 @@
 """The console script as a user meets it: quick, quiet, one line for each mistake."""
 import json
+import resource
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -13,6 +13,12 @@ HEAVY = {'torch', 'transformers', 'open_clip', 'papermill', 'snakemake', 'matplo
 
 def newsrepro(*arguments, **options):
     return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def cpu_seconds() -> float:
+    "That ended children of this process have used, however busy the machine is."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture(scope='module')
@@ -38,11 +44,11 @@ def test_starts_without_heavy_imports(command, files):
     code = ('import sys\nfrom newsrepro.cli import run\n'
             'assert run(sys.argv[1:]) == 0\n'
             f'print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)')
-    began = time.perf_counter()
+    began = cpu_seconds()
     words = [sys.executable, '-c', code, command, *map(str, given.get(command, []))]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.stderr.strip() == '[]'
-    assert time.perf_counter() - began < 2*5  # 2 s on an idle machine
+    assert cpu_seconds() - began < 2*5  # 2 s on an idle machine
 
 
 def test_json_is_one_object_and_nothing_else(files):

@@ -1,4 +1,5 @@
-"Reading collections: the official files, every fault named in the notebook, and properties of the table reader."
+"""Reading collections: the official files, every fault named in the notebook, and properties of the table
+reader."""
 import csv, json, os, shutil, subprocess, sys
 from pathlib import Path
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from newsrepro.core.base import InputError
-from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, marked,
-                                    with_distractors, without_images)
+from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, holm, marked,
+                                            named, with_distractors, without_images)
 from newsrepro.ranking.metrics import rank_of_truth
 from newsrepro.ranking.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
 from newsrepro.ranking.pool import Pool, column_ranks, ranks_by_score, scored_lists
@@ -39,13 +39,15 @@ def test_corrections_help_against_hubs_and_lower_hubness():
     plain = quality(case.scores)
     for name in ('dual softmax', 'inverted softmax', 'Sinkhorn', 'CSLS', 'assignment'):
         assert quality(CORRECTIONS[name](case.scores, .05, case.bank)) > plain, name
-    assert hubness(best_columns(CORRECTIONS['Sinkhorn'](case.scores, .05, case.bank), 10), 60) < hubness(best_columns(case.scores, 10), 60)
+    skew = lambda scores: hubness(best_columns(scores, 10), 60)
+    assert skew(CORRECTIONS['Sinkhorn'](case.scores, .05, case.bank)) < skew(case.scores)
 
 
 def test_query_bank_sees_one_article_at_a_time():
     case = make_case()
     whole = query_bank_norm(case.scores, case.bank, .05)
-    assert np.allclose(whole, np.concatenate([query_bank_norm(row[None], case.bank, .05) for row in case.scores]))
+    alone = [query_bank_norm(row[None], case.bank, .05) for row in case.scores]
+    assert np.allclose(whole, np.concatenate(alone))
     assert not np.allclose(dual_softmax(case.scores, .05)[:1], dual_softmax(case.scores[:1], .05))
 
 
@@ -65,14 +67,17 @@ def test_distractors_leave_the_truth_and_lower_ranks():
     case = make_case()
     rng = np.random.default_rng(1)
     more = with_distractors(case, .3*rng.normal(size=(60, 100)), np.zeros((40, 100)))
-    assert more.pool.truth == case.pool.truth and more.scores.shape == (60, 160) and more.bank.shape == (40, 160)
-    assert (ranks_by_score(more.pool, more.scores, 10**6) >= ranks_by_score(case.pool, case.scores, 10**6)).all()
+    assert more.pool.truth == case.pool.truth
+    assert more.scores.shape == (60, 160) and more.bank.shape == (40, 160)
+    ranks = lambda case: ranks_by_score(case.pool, case.scores, 10**6)
+    assert (ranks(more) >= ranks(case)).all()
 
 
 @pytest.mark.parametrize('share', [0, .2, .5])
 def test_missing_images(share):
     case, fewer = make_case(), without_images(make_case(), share, seed=3)
-    assert len(fewer.pool.images) == 60 - round(60*share) == len(fewer.pool.truth) and len(fewer.pool.articles) == 60
+    assert len(fewer.pool.images) == 60 - round(60*share) == len(fewer.pool.truth)
+    assert len(fewer.pool.articles) == 60
     ranks = dict(zip(case.pool.truth, ranks_by_score(case.pool, case.scores)))
     after = dict(zip(fewer.pool.truth, ranks_by_score(fewer.pool, fewer.scores)))
     assert all(0 < after[article] <= ranks[article] for article in after)
@@ -82,11 +87,32 @@ def test_missing_images(share):
 def test_temperature_is_chosen_by_quality():
     cases = [make_case(seed=seed) for seed in range(3)]
     chosen = choose_temperature(cases, CORRECTIONS['dual softmax'])
-    value = lambda T: np.mean([(1/ranks_by_score(case.pool, dual_softmax(case.scores, T))).mean() for case in cases])
+    found = lambda case, T: ranks_by_score(case.pool, dual_softmax(case.scores, T))
+    value = lambda T: np.mean([(1/found(case, T)).mean() for case in cases])
     assert value(chosen) == max(map(value, TEMPERATURES))
-    assert choose_temperature(cases, CORRECTIONS['plain']) == max(TEMPERATURES)  # no difference: the one that corrects least
-    with pytest.raises(InputError, match='no pool'): choose_temperature([], CORRECTIONS['plain'])
+    plain = CORRECTIONS['plain']
+    assert choose_temperature(cases, plain) == max(TEMPERATURES)  # no difference: the one that corrects least
+    with pytest.raises(InputError, match='no pool'): choose_temperature([], plain)
 
 
 def test_transductive_is_marked():
     assert [name for name in CORRECTIONS if marked(name) == name] == ['plain', 'QB-Norm']
+
+
+def test_holm_against_its_definition():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7):
+        p = rng.random(n)**3
+        # reject at level a: step down while the k-th smallest is at most a/(n - k)
+        for level in (.01, .05, .2, .5):
+            rejected, order = set(), np.argsort(p)
+            for k, i in enumerate(order):
+                if p[i] > level/(n - k): break
+                rejected.add(i)
+            assert rejected == {i for i, x in enumerate(holm(p)) if x <= level}
+    assert holm([]) == []
+
+
+def test_a_word_needs_interval_and_p():
+    assert named(.01, .02, .04) == 'gain' and named(-.02, -.01, .04) == 'loss'
+    assert named(-.02, -.0, .077) == named(-.02, .01, .01) == named(.01, .02, .05) == 'no difference shown'

@@ -1,4 +1,5 @@
-"""Images by URL against a server on loopback that does everything a bad one may do; each case must end in its row."""
+"""Images by URL against a server on loopback that does everything a bad one may do; each case must end in
+its row."""
 import asyncio
 import base64
 import csv
@@ -146,7 +147,8 @@ def by_id(folder: Path) -> dict[str, dict]:
 
 
 def mapped(server, names=('news.example', 'other.example')) -> PublicBackend:
-    "A backend to which some names are public, and whose way to their address ends at `server`; it counts what it dials."
+    """A backend to which some names are public, and whose way to their address ends at `server`; it counts
+    what it dials."""
     class Wire(httpcore.AnyIOBackend):
         dialled = []
         async def connect_tcp(self, host, port, *rest, **more):
@@ -177,7 +179,8 @@ def test_every_case_ends_in_its_row(server, tmp_path):
     assert '10000000000 bytes announced' in rows['huge']['reason'] and '12000 x 12000 pixels' in rows['bomb']['reason'] and '404' in rows['missing']['reason']
     assert found['have'] + found['dropped'] + found['waiting'] == found['images'] == len(CASES)
     assert sum(split['with_image'] for split in check_data(folder)['splits'].values()) == list(CASES.values()).count('fetched')  # a split is made
-    # a passing failure is tried as often as allowed, a lasting one once; what asks to come back tomorrow is not
+    # a passing failure is tried as often as allowed, a lasting one once; what asks to come back tomorrow
+    # is not
     assert {what: server.asked[f'/{what}'] for what in ('missing', 'page', 'half', 'huge', 'silent', 'cut', 'reset', 'limited', 'limited-long')} == \
            dict(missing=1, page=1, half=1, huge=1, silent=2, cut=2, reset=2, limited=2) | {'limited-long': 1}
 
@@ -387,7 +390,8 @@ def test_interrupted_it_writes_its_report(slow, tmp_path):
 
 
 def test_memory_stays_bounded(server, tmp_path):
-    "Eight endless bodies at a time, of which 64 MiB each are read; the files are the only place where they are."
+    """Eight endless bodies at a time, of which 64 MiB each are read; the files are the only place where
+    they are."""
     folder = collection(tmp_path/'c', {f'e{n}': f'{server.url}/endless/{n}' for n in range(8)} | {'b': f'{server.url}/bomb'})
     code = ('import os, resource, sys\nfrom newsrepro.data.fetch import FetchSettings, fetch_images\n'
             'def high():\n'  # MiB; Linux counts the parent's peak into ru_maxrss, but not into VmHWM
@@ -445,7 +449,8 @@ def test_tables_of_2021(server, tmp_path, newsimages2021):
 # --- the same picture for many URLs
 
 def spread(server, folder, images=5, **more):
-    "A placeholder at 5 URLs, a photo that two outlets share, one URL of two articles, and a picture of its own."
+    """A placeholder at 5 URLs, a photo that two outlets share, one URL of two articles, and a picture of
+    its own."""
     urls = {f'p{n}': f'{server.url}/good/{n}' for n in range(images)} | {f's{n}': f'{server.url}/png/{n}' for n in range(2)}
     return collection(folder, urls | {f'o{n}': f'{server.url}/own' for n in range(5)} | more)
 
@@ -568,7 +573,8 @@ PICTURES = {GOOD, PNG, picture('GIF'), picture('WEBP')}
 
 
 def any_answer(draw: random.Random) -> bytes:
-    "What a server may send: right, lying, or broken. The body is never changed but by cutting it, so what decodes is known."
+    """What a server may send: right, lying, or broken. The body is never changed but by cutting it, so
+    what decodes is known."""
     body = draw.choice(BODIES)
     names = ['Content-Length', 'Content-Type', 'Content-Encoding', 'Retry-After', 'Location', 'Transfer-Encoding', 'Connection', 'X']
     values = [str(len(body)), str(len(body) + 7), str(max(0, len(body) - 7)), 'image/jpeg', 'deflate', 'http://a.example/x', '/x', 'http://[::1/', '//', 'http://h3.example/y', *ODD]
@@ -598,7 +604,8 @@ class Strangers(httpcore.AsyncMockBackend):
 
 
 def fuzz_answers(cases: int, seed: int, folder: Path) -> Counter:
-    "Ask strangers; each image ends in an outcome, and what was fetched is one of the pictures that were sent. Returns the outcomes."
+    """Ask strangers; each image ends in an outcome, and what was fetched is one of the pictures that were
+    sent. Returns the outcomes."""
     collection(folder, {f'i{n}': f'http://h{n}.example/x' for n in range(cases)})
     settings = FetchSettings(max_bytes=2**20, max_pixels=10**6, retries=0, max_wait=0, deadline=20, give_up=cases)
     found = fetch_images(folder, settings, backend=Strangers(seed))
@@ -621,7 +628,8 @@ def any_rows(draw: random.Random) -> dict:
 
 
 def fuzz_reports(cases: int, seed: int, folder: Path) -> Counter:
-    "Read reports and journals that were mangled: rows that any run can go on from, or a refusal. Returns how often which."
+    """Read reports and journals that were mangled: rows that any run can go on from, or a refusal. Returns
+    how often which."""
     import pandas as pd
     folder.mkdir(parents=True, exist_ok=True)
     draw, found = random.Random(seed), Counter()

@@ -19,7 +19,8 @@ from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import MissingCheckpoint, find_backbone
 from newsrepro.data.layouts import read_collection
 from newsrepro.models.loader import load_encoder
-from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune, hold_out,
+from newsrepro.data.splits import hold_out
+from newsrepro.methods.fine_tune import (CONFIG, RECIPES, WEIGHTS, checkpoint_config, fine_tune,
                                          load_fine_tuned, load_pool, make_recipe, model_key, news_texts,
                                          part_of_pool, pool_pairs, save_fine_tuned, search, what_is_kept)
 from newsrepro.models.train import PUBMEDCLIP, prune

@@ -1,4 +1,5 @@
-"""Readers under damaged input, as `benchmarks/fuzz.py` does it at length: a right value or `InputError`, nothing else."""
+"""Readers under damaged input, as `benchmarks/fuzz.py` does it at length: a right value or `InputError`,
+nothing else."""
 import importlib.util
 import signal
 import sys
@@ -43,7 +44,8 @@ def test_a_value_or_a_refusal(name, tmp_path, alarm):
 
 
 VALUES = {
-    'run': {'a0': ('i0', 'i1', 'i2', 'i3', 'i4'), 'a1': ('i1', 'i2', 'i3', 'i4', 'i0'), 'a2': ('i2', 'i3', 'i4', 'i0', 'i1')},
+    'run': {'a0': ('i0', 'i1', 'i2', 'i3', 'i4'), 'a1': ('i1', 'i2', 'i3', 'i4', 'i0'),
+            'a2': ('i2', 'i3', 'i4', 'i0', 'i1')},
     'translations': {'Hund': 'dog', 'Katze': 'cat'},
     'set': ('seed', 7),
     'header': 120.,
@@ -63,7 +65,8 @@ def test_an_input_can_be_made_again():
 
 
 @pytest.mark.parametrize('read, kind', [
-    (lambda path: path.read_bytes()[10**9], 'IndexError'), (lambda path: path.stat(), 'wrong value'), (lambda path: signal.pause(), 'hangs'),
+    (lambda path: path.read_bytes()[10**9], 'IndexError'), (lambda path: path.stat(), 'wrong value'),
+                                        (lambda path: signal.pause(), 'hangs'),
     (lambda path: (_ for _ in ()).throw(InputError('no\nsuch')), 'refused'), (lambda path: [], 'value')])
 def test_each_outcome_is_told_apart(read, kind, tmp_path, alarm, monkeypatch):
     monkeypatch.setattr(fuzz, 'TIME', .2)

@@ -1,4 +1,5 @@
-"""Transport plans against linear programming and the algorithm as printed; maps against a model whose answer is known; figures."""
+"""Transport plans against linear programming and the algorithm as printed; maps against a model whose
+answer is known; figures."""
 import io
 import math
 
@@ -16,7 +17,8 @@ from newsrepro.models.heat_maps import (RED, Panel, cosine_cost, draw_figure, dr
 TRAINING, DRAWING = dict(beta=.5, iterations=50), dict(beta=.1, iterations=1000)
 KINDS = {'random': lambda n, m, r: 2*torch.rand(1, n, m, generator=r, dtype=torch.float64),
          'ties': lambda n, m, r: torch.randint(0, 3, (1, n, m), generator=r).double(),
-         'equal rows': lambda n, m, r: 2*torch.rand(1, 1, m, generator=r, dtype=torch.float64).expand(1, n, m),
+         'equal rows': lambda n, m,
+         r: 2*torch.rand(1, 1, m, generator=r, dtype=torch.float64).expand(1, n, m),
          'zero': lambda n, m, r: torch.zeros(1, n, m, dtype=torch.float64)}
 
 
@@ -45,7 +47,8 @@ def test_cost_is_within_its_bound_of_the_exact_one(kind, n, m, options):
         exact = ot.emd2(np.full(n, 1/n), np.full(m, 1/m), np.ascontiguousarray(cost[0].numpy()))
         missed = float((plan.sum(1) - 1/m).abs().sum())
         excess = float(transport_cost(plan, cost)) - exact
-        assert -missed - 1e-12 <= excess <= options['beta']/options['iterations']*math.log(min(n, m)) + missed + 1e-12
+        assert -missed - 1e-12 <= excess <= options['beta']/options['iterations']*math.log(min(n,
+                                                                                               m)) + missed + 1e-12
         assert torch.allclose(plan.sum(2), torch.full((1, n), 1/n, dtype=torch.float64), rtol=0, atol=1e-12)
         assert missed < (1e-3 if options is DRAWING else .05)
 
@@ -53,9 +56,11 @@ def test_cost_is_within_its_bound_of_the_exact_one(kind, n, m, options):
 def test_more_steps_and_sweeps_come_nearer():
     cost = KINDS['random'](13, 29, torch.Generator().manual_seed(1))
     exact = ot.emd2(np.full(13, 1/13), np.full(29, 1/29), cost[0].numpy())
-    errors = [abs(float(transport_cost(transport_plan(cost, beta=.1, iterations=t), cost)) - exact) for t in (30, 300, 3000)]
+    errors = [abs(float(transport_cost(transport_plan(cost, beta=.1, iterations=t), cost)) - exact)
+              for t in (30, 300, 3000)]
     assert errors[0] > 10*errors[1] and errors[1] >= errors[2] and errors[2] < 1e-4
-    missed = [float((transport_plan(cost, beta=.1, iterations=50, inner=k).sum(1) - 1/29).abs().sum()) for k in (1, 50)]
+    missed = [float((transport_plan(cost, beta=.1, iterations=50, inner=k).sum(1) - 1/29).abs().sum())
+              for k in (1, 50)]
     assert missed[1] < missed[0]/10
 
 
@@ -63,11 +68,13 @@ def test_more_steps_and_sweeps_come_nearer():
 def test_plan_is_that_of_the_algorithm_as_printed(n, m):
     cost = KINDS['random'](n, m, torch.Generator().manual_seed(n))
     for options in (TRAINING, DRAWING):
-        assert np.abs(transport_plan(cost, **options)[0].numpy() - as_printed(cost[0].numpy(), **options)).max() < 1e-9
+        assert np.abs(transport_plan(cost, **options)[0].numpy()
+                      - as_printed(cost[0].numpy(), **options)).max() < 1e-9
 
 
 def test_float32_against_float64():
-    "The cost's rounding, 6e-8, is all that differs: after t steps at beta it moves the plan by t/beta as much, relatively."
+    """The cost's rounding, 6e-8, is all that differs: after t steps at beta it moves the plan by t/beta as
+    much, relatively."""
     cost = KINDS['random'](17, 31, torch.Generator().manual_seed(3))
     for options in (TRAINING, DRAWING):
         single, double = transport_plan(cost.float(), **options), transport_plan(cost, **options)
@@ -85,7 +92,8 @@ def test_padded_batch_is_each_problem_alone(options):
     rows, columns = torch.zeros(5, 13, dtype=torch.bool), torch.zeros(5, 17, dtype=torch.bool)
     problems = []
     for k, (n, m) in enumerate(sizes):  # scattered places, not the first ones
-        i, j = (torch.randperm(limit, generator=rng)[:size].sort().values for limit, size in ((13, n), (17, m)))
+        i, j = (torch.randperm(limit, generator=rng)[:size].sort().values
+                for limit, size in ((13, n), (17, m)))
         rows[k, i], columns[k, j] = True, True
         problems.append((2*torch.rand(n, m, generator=rng), i, j))
         cost[k, i[:, None], j] = problems[-1][0]
@@ -111,10 +119,12 @@ def test_nothing_but_numbers_for_any_cost():
     for seed in range(40):
         rng = torch.Generator().manual_seed(seed)
         n, m = (int(torch.randint(1, 20, (1,), generator=rng)) for _ in range(2))
-        cost = 2*torch.rand(1, n, m, generator=rng) if seed % 2 else 2*torch.randint(0, 2, (1, n, m), generator=rng).float()
+        cost = 2*torch.rand(1, n, m, generator=rng) if seed % 2 else 2*torch.randint(0, 2, (1, n, m),
+                                                                                     generator=rng).float()
         for options in (DRAWING, dict(beta=.01, iterations=300)):
             plan = transport_plan(cost, **options)
-            assert plan.isfinite().all() and (plan >= 0).all() and float(plan.sum()) == pytest.approx(1, abs=1e-5)
+            assert plan.isfinite().all() and (plan >= 0).all() and float(plan.sum()) == pytest.approx(1,
+                                                                                                      abs=1e-5)
 
 
 def test_gradient_is_the_plan_times_that_of_the_cosine():
@@ -125,16 +135,19 @@ def test_gradient_is_the_plan_times_that_of_the_cosine():
     assert not plan.requires_grad
     transport_cost(plan, cost).sum().backward()
     places = [(k, i, j) for k in range(2) for i in range(3) for j in range(5)]
-    slow = sum(plan[k, i, j]*(1 - torch.cosine_similarity(text[k, i], patches[k, j], dim=0)) for k, i, j in places)
+    slow = sum(plan[k, i, j]*(1 - torch.cosine_similarity(text[k, i], patches[k, j], dim=0))
+               for k, i, j in places)
     expected = torch.autograd.grad(slow, (text, patches))
-    assert torch.allclose(text.grad, expected[0], atol=1e-6) and torch.allclose(patches.grad, expected[1], atol=1e-6)
+    assert torch.allclose(text.grad, expected[0], atol=1e-6) and torch.allclose(patches.grad, expected[1],
+                                                                                atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_same_on_the_gpu():
     cost = 2*torch.rand(4, 13, 29, generator=torch.Generator().manual_seed(6))
     for options in (TRAINING, DRAWING):
-        assert torch.allclose(transport_plan(cost.cuda(), **options).cpu(), transport_plan(cost, **options), rtol=1e-4, atol=1e-8)
+        assert torch.allclose(transport_plan(cost.cuda(), **options).cpu(), transport_plan(cost, **options),
+                              rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize('device', ['cpu'] + ['cuda']*torch.cuda.is_available())
@@ -146,7 +159,8 @@ def test_mixed_precision_around_it_changes_nothing(device):
         inside = cosine_cost(text.to(device), patches.to(device))
         plan = transport_plan(inside)
     assert inside.dtype == plan.dtype == torch.float32
-    assert torch.allclose(inside.cpu(), cost, atol=1e-6) and torch.allclose(plan.cpu(), transport_plan(cost), rtol=1e-4, atol=1e-8)
+    assert torch.allclose(inside.cpu(), cost, atol=1e-6) and torch.allclose(plan.cpu(), transport_plan(cost),
+                                                                            rtol=1e-4, atol=1e-8)
 
 
 # -- the model whose answer is known: colours of a palette are the dimensions of its states
@@ -168,12 +182,15 @@ def word_states(): return torch.tensor([[float(word == colour) for colour in PAL
 
 def read(picture, heat):
     "The heat that an overlay's pixels show."
-    shown, cold, hot = (np.asarray(overlay(picture, h), dtype=float) for h in (heat, np.zeros((1, 1)), np.ones((1, 1))))
+    shown, cold, hot = (np.asarray(overlay(picture, h), dtype=float)
+                        for h in (heat, np.zeros((1, 1)), np.ones((1, 1))))
     return ((shown - cold)*(hot - cold)).sum(-1)/((hot - cold)**2).sum(-1)
 
 
-GRIDS = [((12, 19), (640, 404)), ((20, 12), (231, 385)), ((12, 12), (96, 96)), ((12, 18), (1001, 667))]  # rows and columns; pixels
-BOXES = [(0, 0, 2, 2), (10, 9, 12, 12), (3, 4, 7, 6), (5, 0, 6, 1), (2, 3, 9, 11)]  # top, left, bottom, right in patches
+GRIDS = [((12, 19), (640, 404)), ((20, 12), (231, 385)), ((12, 12), (96, 96)),
+         ((12, 18), (1001, 667))]  # rows and columns; pixels
+BOXES = [(0, 0, 2, 2), (10, 9, 12, 12), (3, 4, 7, 6), (5, 0, 6, 1),
+         (2, 3, 9, 11)]  # top, left, bottom, right in patches
 
 
 @pytest.mark.parametrize('grid, size', GRIDS)
@@ -184,7 +201,8 @@ def test_map_of_a_word_lies_over_its_object(grid, size, box):
     picture = Image.new('RGB', size, PALETTE['green'])
     draw = ImageDraw.Draw(picture)
     draw.rectangle((0, .8*size[1], .1*size[0], size[1]), fill=PALETTE['blue'])
-    draw.rectangle((round(left*scale[0]), round(top*scale[1]), round(right*scale[0]) - 1, round(bottom*scale[1]) - 1), fill=PALETTE['red'])
+    draw.rectangle((round(left*scale[0]), round(top*scale[1]), round(right*scale[0]) - 1,
+                    round(bottom*scale[1]) - 1), fill=PALETTE['red'])
     heat = heat_map(word_states(), patch_states(picture, grid), [TEXT.index('red')], grid)
     inside = np.zeros(grid, bool)
     inside[top:bottom, left:right] = True
@@ -199,7 +217,9 @@ def test_map_of_a_word_lies_over_its_object(grid, size, box):
     union, both = (hot | object_pixels).sum(), (hot & object_pixels).sum()
     assert both/union > (.9 if inside.sum() > 4 else .7), both/union
     found = [np.average(np.broadcast_to(weight, hot.shape)[hot]) for weight in (y[:, None], x[None, :])]
-    assert abs(found[0] - (top + bottom)/2) < .25 and abs(found[1] - (left + right)/2) < .25, 'not shifted by a quarter of a patch'
+    assert abs(found[0] - (top + bottom)/2) < .25 and abs(found[1]
+                                                          - (left
+                                                             + right)/2) < .25, 'not shifted by a quarter of a patch'
 
 
 def test_object_off_the_grid():
@@ -220,7 +240,8 @@ def test_each_word_has_its_own_map():
     picture = Image.new('RGB', (608, 384), PALETTE['green'])
     picture.paste(PALETTE['red'], (64, 64, 128, 128))
     picture.paste(PALETTE['blue'], (320, 256, 416, 384))
-    where = {word: heat_map(word_states(), patch_states(picture, grid), [TEXT.index(word)], grid) > .5 for word in ('red', 'blue')}
+    where = {word: heat_map(word_states(), patch_states(picture, grid), [TEXT.index(word)], grid) > .5
+             for word in ('red', 'blue')}
     assert sorted(zip(*np.nonzero(where['red']))) == [(i, j) for i in (2, 3) for j in (2, 3)]
     assert sorted(zip(*np.nonzero(where['blue']))) == [(i, j) for i in range(8, 12) for j in (10, 11, 12)]
 
@@ -238,7 +259,8 @@ def test_word_map_by_hand():
     mass = np.array([1., 1, 1, 1, 2, 4, 30, 60])
     z = (mass - mass.mean())/mass.std(ddof=1)
     clipped = np.minimum(np.maximum(z, 1), 3)
-    assert np.allclose(word_map(torch.tensor(mass), (2, 4)).ravel(), (clipped - 1)/(clipped.max() - 1), atol=1e-6)
+    assert np.allclose(word_map(torch.tensor(mass), (2, 4)).ravel(), (clipped - 1)/(clipped.max() - 1),
+                       atol=1e-6)
 
 
 @pytest.mark.parametrize('call, message', [
@@ -260,8 +282,10 @@ def saved(figure):
 
 
 def example():
-    images = [Image.new('RGB', size, (200, 200, 200)) for size in ((300, 100), (100, 300), (200, 200), (64, 48), (1200, 675))]
-    return Panel('All containers, they said.\nOf containers\tno more: $5 _{', 'containers', images, [np.zeros((3, 4))]*5, right=3, start=4)
+    images = [Image.new('RGB', size, (200, 200, 200))
+              for size in ((300, 100), (100, 300), (200, 200), (64, 48), (1200, 675))]
+    return Panel('All containers, they said.\nOf containers\tno more: $5 _{', 'containers', images,
+                 [np.zeros((3, 4))]*5, right=3, start=4)
 
 
 def test_figure_keeps_proportions_order_and_frame():
@@ -270,7 +294,8 @@ def test_figure_keeps_proportions_order_and_frame():
     width, height = figure.get_size_inches()
     shapes = [(box.width*width)/(box.height*height) for box in boxes]
     for k, image in enumerate(example().images):
-        for at in (2*k, 2*k + 1, 10 + 2*k): assert shapes[at] == pytest.approx(image.width/image.height, rel=1e-6)
+        for at in (2*k, 2*k + 1, 10 + 2*k):
+            assert shapes[at] == pytest.approx(image.width/image.height, rel=1e-6)
         assert boxes[2*k].y0 > boxes[2*k + 1].y1 and boxes[2*k].x0 == pytest.approx(boxes[2*k + 1].x0)
     assert all(boxes[2*k].x1 < boxes[2*k + 2].x0 for k in range(4))
     assert min(box.x0 for box in boxes) >= 0 and max(box.x1 for box in boxes) <= 1 + 1e-9
@@ -280,7 +305,8 @@ def test_figure_keeps_proportions_order_and_frame():
 
 def test_figure_is_the_same_each_time():
     assert saved(draw_figure([example()])) == saved(draw_figure([example()]))
-    assert saved(draw_pair('Words $x', example().images[4])) == saved(draw_pair('Words $x', example().images[4]))
+    assert saved(draw_pair('Words $x', example().images[4])) == saved(draw_pair('Words $x',
+                                                                                example().images[4]))
 
 
 def test_lines_do_not_overrun():

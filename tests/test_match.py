@@ -1,10 +1,12 @@
-"""Learning to match: files that `transformers` reads, its own losses, what may be swapped and masked, and kills."""
+"""Learning to match: files that `transformers` reads, its own losses, what may be swapped and masked, and
+kills."""
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,16 +17,18 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
-from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltImageProcessorPil
+from transformers import (BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM,
+                          ViltImageProcessorPil, get_polynomial_decay_schedule_with_warmup)
 
+import newsrepro.models.match as match_module
 from newsrepro.core.base import InputError
-from newsrepro.models.match import (IGNORED, MatchRecipe, NewsPairs, alignment_loss, draw_pictures,
-                                    draw_texts, load_news_pairs, mask_words, matching_loss, pad_pictures,
-                                    pad_texts, retrieval_loss, right_pictures, step_loss, train_matcher,
-                                    trained_matcher, validate_matching, word_loss)
+from newsrepro.models.match import (IGNORED, ORIGINAL, MatchRecipe, NewsPairs, alignment_loss, draw_pictures,
+                                    draw_texts, gradients, load_news_pairs, mask_words, matching_loss,
+                                    pad_pictures, pad_texts, recipe_of, retrieval_loss, right_pictures,
+                                    step_loss, train_matcher, trained_matcher, validate_matching, word_loss)
 from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt,
                                             match_logits, new_vilt, rank_pairs, save_vilt)
-from newsrepro.models.train import digest
+from newsrepro.models.train import digest, rate_factor
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
 CHILDREN.set_forkserver_preload(['newsrepro.models.match', 'ot', 'pytest', 'transformers.models.vilt.image_processing_pil_vilt',
@@ -71,7 +75,8 @@ def batch_of_transformers(folder, paths):
 
 
 def test_transformers_reads_what_is_saved(vocabulary, paths, tmp_path):
-    "Its own classes give the same logits for a padded batch, matching and words, and it misses no weight; so does `load_vilt`."
+    """Its own classes give the same logits for a padded batch, matching and words, and it misses no
+    weight; so does `load_vilt`."""
     matcher = fresh(vocabulary, spread=.1, untrained=())
     folder = save_vilt(tmp_path/'saved', matcher)
     batch, pairs = batch_of_transformers(folder, paths[:4]), load_news_pairs(matcher, TEXTS, paths[:4])
@@ -142,7 +147,8 @@ def test_retrieval_loss_is_a_slow_loop(vocabulary, paths):
 
 
 def test_alignment_loss(vocabulary):
-    "The transport cost, by an exact solver; a wrong pair counts negative; start, end, class token and padding count nothing."
+    """The transport cost, by an exact solver; a wrong pair counts negative; start, end, class token and
+    padding count nothing."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 11, 6, generator=draw)
     text, picture = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool)
@@ -161,7 +167,8 @@ def test_alignment_loss(vocabulary):
 
 
 def test_alignment_pulls_right_pairs_together(vocabulary, paths):
-    "Its gradient lowers the cost of a right pair and raises that of a wrong one; with weight 0 it does not count."
+    """Its gradient lowers the cost of a right pair and raises that of a wrong one; with weight 0 it does
+    not count."""
     matcher = fresh(vocabulary, spread=.1)
     pairs = load_news_pairs(matcher, TEXTS, paths[:4])
     text, picture = pad_texts(matcher, pairs.ids), pad_pictures(matcher, pairs.pictures)
@@ -178,7 +185,8 @@ def crossed():
 
 
 def test_a_swap_is_never_right():
-    "Neither the picture of the text nor one that the same text has elsewhere; every other one comes as often as the next."
+    """Neither the picture of the text nor one that the same text has elsewhere; every other one comes as
+    often as the next."""
     pairs, of = crossed()
     right = right_pictures(pairs)
     owned = {text: {place for other, place in of if other == text} for text, _ in of}
@@ -213,7 +221,8 @@ def test_duplicates_by_content(vocabulary, paths, tmp_path):
 
 
 def test_masks(vocabulary):
-    "Of the chosen pieces 80 % are hidden, 10 % replaced, 10 % stay; start and end never; whole words all or none."
+    """Of the chosen pieces 80 % are hidden, 10 % replaced, 10 % stay; start and end never; whole words all
+    or none."""
     words = fresh(vocabulary).words
     row = fresh(vocabulary).tokens(['greenishness left redish a'])[0]
     assert [words.id_to_token(piece) for piece in row] == ['[CLS]', 'green', '##ish', '##ness', 'left', 'red', '##ish', 'a', '[SEP]']
@@ -239,7 +248,8 @@ KILLED = MatchRecipe(60, batch_size=6, rate=3e-3, warmup=5, keep='loss', validat
 
 
 def killed_child(vocabulary, paths, folder, result, where, at):
-    "Train on from the folder's checkpoint; die at the `at`-th step or within the `at`-th writing of a checkpoint."
+    """Train on from the folder's checkpoint; die at the `at`-th step or within the `at`-th writing of a
+    checkpoint."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill leaves behind
     calls = iter(range(1, 1000))
@@ -284,7 +294,8 @@ def test_killed_ten_times_ends_as_undisturbed(vocabulary, paths, tmp_path):
 
 
 def test_best_weights_are_kept(vocabulary, paths):
-    "`keep='loss'` ends with the weights of the validation with the least loss, and they are validated to it again."
+    """`keep='loss'` ends with the weights of the validation with the least loss, and they are validated to
+    it again."""
     pairs = load_news_pairs(fresh(vocabulary), [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
     recipe = MatchRecipe(24, batch_size=6, rate=2e-2, warmup=2, keep='loss', validate_every=3, schedule='constant')
     matcher, history = train_matcher(fresh(vocabulary), pairs, recipe, valid=pairs.pick(range(6)), progress=False)
@@ -342,9 +353,10 @@ def test_refusals(vocabulary, paths, tmp_path):
     assert len(go(crowded, replace(recipe, steps=1))[1]) == 1
     (tmp_path/'broken.png').write_bytes(paths[0].read_bytes()[:200])
     for message, call in {
-        r'swap=1\.5, mask=0\.15: probabilities': lambda: MatchRecipe(3, swap=1.5),
+        r'swap=1\.5: a share, at most 1': lambda: MatchRecipe(3, swap=1.5),
         'mask=-1': lambda: MatchRecipe(3, mask=-1),
-        'of contrastive training': lambda: MatchRecipe(3, chunk=2),
+        'mixed: of contrastive training': lambda: MatchRecipe(3, mixed=True),
+        'there is nothing to learn from': lambda: MatchRecipe(3, mask=0., matching=0.),
         "keep='loss': wants validation pairs": lambda: go(pairs, replace(recipe, keep='loss')),
         'batch_size=5, but there are 4 pairs': lambda: go(pairs, replace(recipe, batch_size=5)),
         'a text has them all, none is wrong for it': lambda: go(pairs.pick([0]), recipe),
@@ -363,3 +375,65 @@ def test_refusals(vocabulary, paths, tmp_path):
         with pytest.raises(InputError, match=f'checkpoint.pt: .*{message}'): call()
     with pytest.raises(FloatingPointError, match='the loss is (nan|inf) at step .*try a lower rate than 1e.30'):
         go(pairs, replace(recipe, steps=9, rate=1e30, warmup=0, clip_norm=0.))
+
+
+def test_the_originals_rates():
+    "Rise and linear fall as `transformers` has them, as in the original; the rise a step earlier, never 0."
+    recipe = recipe_of(ORIGINAL, 99, steps=60, warmup=7)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.AdamW([weight], lr=1.)
+    schedule = get_polynomial_decay_schedule_with_warmup(optimiser, 7, 60, lr_end=0, power=1)
+    theirs = []
+    for _ in range(60):
+        theirs.append(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+    ours = [rate_factor(step, recipe) for step in range(60)]
+    assert ours[7:] == pytest.approx(theirs[7:]) and ours[:6] == pytest.approx(theirs[1:7])
+
+
+def test_accumulated_steps_resume(vocabulary, paths, tmp_path):
+    "Dropout, fewer patches, one objective, forward passes of five: stopped in the middle, the same weights."
+    pairs = load_news_pairs(fresh(vocabulary), [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
+    recipe = recipe_of(ORIGINAL, len(pairs), steps=6, warmup=1, chunk=5, most_patches=3, one_objective=True)
+    go = lambda recipe, folder: train_matcher(fresh(vocabulary), pairs, recipe, folder=folder, save_seconds=0.,
+                                              progress=False)
+    whole, history = go(recipe, None)
+    assert all(('words' in record) != ('matching' in record) for record in history)
+    plain = match_module.take_step
+
+    def stopping(model, optimiser, recipe, step, gradients):
+        if step == 3: raise KeyboardInterrupt
+        return plain(model, optimiser, recipe, step, gradients)
+    match_module.take_step = stopping
+    try:
+        with pytest.raises(KeyboardInterrupt): go(recipe, tmp_path)
+    finally: match_module.take_step = plain
+    assert go(recipe, tmp_path)[0].fingerprint == whole.fingerprint
+    assert go(replace(recipe, dropout=0.), None)[0].fingerprint != whole.fingerprint
+
+
+def test_no_validation_without_articles(vocabulary, paths):
+    "Nothing held out, or an empty part: the curve is of training alone."
+    pairs = load_news_pairs(fresh(vocabulary), TEXTS, paths[:4])
+    for valid in (None, NewsPairs((), (), ())):
+        _, history = train_matcher(fresh(vocabulary), pairs, MatchRecipe(2, batch_size=4), valid, progress=False)
+        assert not any('val_loss' in record for record in history)
+
+
+def test_half_precision_scales_the_loss(vocabulary, paths, monkeypatch):
+    "Gradients are those of the plain loss, also where the first scale overflows."
+    matcher = fresh(vocabulary)
+    pairs = load_news_pairs(matcher, TEXTS, paths[:4])
+    matcher.model.requires_grad_(True)
+
+    def slopes(precision, scales):
+        monkeypatch.setattr(match_module, 'LOSS_SCALES', {precision: scales})
+        monkeypatch.setattr(match_module, 'lowered', lambda *_: nullcontext())
+        matcher.model.zero_grad()
+        gradients(replace(matcher, precision=precision), pairs, right_pictures(pairs), [0, 1, 2, 3],
+                  recipe=MatchRecipe(1), step=0)
+        return torch.cat([p.grad.flatten() for p in matcher.model.parameters() if p.grad is not None])
+    plain = slopes('fp32', (1.,))
+    torch.testing.assert_close(slopes('fp16', (3e38, 2.**9)), plain, atol=1e-6, rtol=1e-4)
+    with pytest.raises(FloatingPointError, match='use precision=fp32'): slopes('fp16', (3e38,))

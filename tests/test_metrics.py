@@ -15,7 +15,8 @@ steady = settings(deadline=None, derandomize=True)
 
 
 def official(retrieved: dict, truth: dict) -> dict:
-    "The organisers' rules, sentence by sentence: first right id among the first 100, sums over the found, divided by all"
+    """The organisers' rules, sentence by sentence: first right id among the first 100, sums over the
+    found, divided by all"""
     positions = []
     for article, image in truth.items():
         for position, candidate in enumerate(retrieved.get(article, [])[:100], start=1):
@@ -67,7 +68,8 @@ def test_tie_order_is_a_permutation_that_forgets_the_stored_order(ids, random):
 @settings(steady, max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, 3))
 def test_equal_scores_favour_no_image(seed, levels):
-    "Coarse scores that know nothing: renaming the images moves the mean to chance, and no stored place is better off"
+    """Coarse scores that know nothing: renaming the images moves the mean to chance, and no stored place
+    is better off"""
     rng = np.random.default_rng(seed)
     n = 211
     scores = rng.integers(0, levels, (n, n))
@@ -81,7 +83,8 @@ def test_equal_scores_favour_no_image(seed, levels):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_ranx_agrees(seed):
-    "Runs with ties, missing articles and short lists; ranx sorts by score, so it gets the place in the list as one"
+    """Runs with ties, missing articles and short lists; ranx sorts by score, so it gets the place in the
+    list as one"""
     rng = np.random.default_rng(seed)
     n, m = 37, 131
     images, articles = [f'i{j}' for j in range(m)], [f'a{j}' for j in range(n)]
@@ -97,7 +100,8 @@ def test_ranx_agrees(seed):
     run = ranx.Run({a: {i: 1 / place for place, i in enumerate(x, start=1)} for a, x in retrieved.items()})
     ks = (1, 5, 10, 20, 50, 100)
     names = ['mrr@100', *(f'{kind}@{k}' for kind in ('recall', 'hit_rate') for k in ks)]
-    theirs = ranx.evaluate(qrels, run, names, make_comparable=True)   # adds the missing articles, as not found
+    theirs = ranx.evaluate(qrels, run, names,
+                           make_comparable=True)   # adds the missing articles, as not found
 
     ours = summarise(rank_of_truth(retrieved, truth))
     assert 0 < ours['R@1'] < ours['R@100'] < 1

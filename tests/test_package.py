@@ -1,4 +1,5 @@
-"""The face of the package: a dozen names, each from its own room, none of them loaded before it is asked for."""
+"""The face of the package: a dozen names, each from its own room, none of them loaded before it is asked
+for."""
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_importing_the_package_loads_none_of_its_rooms():
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize('room', sorted(Path(newsrepro.__file__).parent.glob('*/__init__.py')), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize('room', sorted(Path(newsrepro.__file__).parent.glob('*/__init__.py')),
+                         ids=lambda path: path.parent.name)
 def test_each_folder_says_what_it_holds(room):
     assert room.read_text(encoding='utf-8').startswith('"""') and len(room.read_text(encoding='utf-8').splitlines()) == 1

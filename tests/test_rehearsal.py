@@ -107,12 +107,11 @@ def test_the_account_says_what_became_of_each_notebook(tmp_path):
     assert (out/'REHEARSAL.md').read_text().startswith(rehearsal.SAID)
 
 
-def test_each_year_has_its_own_collection(tmp_path):
-    args = rehearsal.options().parse_args(['--device', 'cpu', '--work', str(tmp_path)])
-    sets = ['14_txv.epochs=2', '10_vilt.epochs=1']
-    line = rehearsal.command_of(args, ['14_txv'], tmp_path, sets, tmp_path/'out')
-    given = [line[place + 1] for place, word in enumerate(line) if word in ('--only', '--set')]
-    assert given == ['14_txv', '14_txv.epochs=2']
+def test_one_command_runs_both_years(tmp_path):
+    args = rehearsal.options().parse_args(['--only', '14_txv', '--work', str(tmp_path)])
+    line = rehearsal.command_of(args, [tmp_path/'2021', tmp_path/'2022'], ['14_txv.epochs=2'], tmp_path/'out')
+    given = [line[place + 1] for place, word in enumerate(line) if word in ('--data', '--only', '--set')]
+    assert given == [str(tmp_path/'2021'), str(tmp_path/'2022'), '14_txv', '14_txv.epochs=2']
 
 
 def test_the_gpu_benchmark_runs_through(tmp_path):
@@ -142,7 +141,7 @@ def test_the_parts_fit_into_nine_minutes():
 
 
 def test_the_bill_is_work_over_rates():
-    rates = dict.fromkeys(gpu.KINDS, 3600.)  # 10^9 operations a second
+    rates = dict.fromkeys(gpu.KINDS_OF_WORK, 3600.)  # 10^9 operations a second
     facts = gpu.OFFICIAL['newsimages2021']
     declared = notebook_parameters(notebooks_dir()/'10_vilt.ipynb')
     work = work_of('10_vilt', {name: p.default for name, p in declared.items()} | {'profile': 'paper'}, facts)
@@ -150,6 +149,6 @@ def test_the_bill_is_work_over_rates():
     found = gpu.bill(rates)['10_vilt']
     assert found['hours'] == pytest.approx(work.gflops/3600**2)
     assert found['gigabytes'] == pytest.approx(work.megabytes/1000)
-    assert gpu.operations(work, True)['scoring'] == work.pairs*VILT_GFLOPS['paper']
+    assert gpu.operations(work, 'paper')['scoring'] == work.pairs*VILT_GFLOPS['paper']
     assert math.isnan(gpu.bill(rates | dict(scoring=math.nan))['10_vilt']['hours'])
     assert not math.isnan(gpu.bill(rates | dict(scoring=math.nan))['14_txv']['hours'])

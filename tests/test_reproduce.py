@@ -3,6 +3,7 @@ import html
 import json
 import os
 import random
+import resource
 import shlex
 import signal
 import subprocess
@@ -83,12 +84,18 @@ def driver(study, folder, *arguments):
     return [sys.executable, '-c', DRIVER, repr(study), str(folder), *map(str, arguments)]
 
 
-RUN = dict(capture_output=True, text=True, timeout=100)
+RUN = dict(capture_output=True, text=True, timeout=300)  # a net, not a measure
 
 
 @pytest.fixture(scope='module')
 def newsrepro(command):
     return lambda *arguments, **options: subprocess.run(command(*arguments), **RUN | options)
+
+
+def cpu_seconds() -> float:
+    "That ended children of this process have used, however busy the machine is."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 GOOD = ['--only', '2_double', '--set', '1_square.side=7', '--set', '2_double.seed=5']
@@ -143,10 +150,10 @@ def test_home_stays_empty(study, home):
 def test_a_second_run_does_nothing_and_is_quick(newsrepro, study):
     seen = [path for path in study.rglob('*') if path.is_file() and '.state' not in path.parts]
     before = {path: path.stat().st_mtime_ns for path in seen}
-    began = time.perf_counter()
+    began = cpu_seconds()
     done = newsrepro('reproduce', *GOOD, '--out', study)
     assert done.returncode == 0 and done.stdout.count('up to date') == 2
-    assert time.perf_counter() - began < 10
+    assert cpu_seconds() - began < 10
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -1,4 +1,5 @@
-"""What the code imports is what `settings.ini` asks for: the README's first line installs `requirements` and nothing else."""
+"""What the code imports is what `settings.ini` asks for: the README's first line installs `requirements`
+and nothing else."""
 import ast
 import json
 import re
@@ -23,7 +24,8 @@ BEHIND = {
     'sentencepiece': "Marian's tokenizer in transformers",
     'sacremoses': "Marian's tokenizer in transformers",
 }
-BEHIND_TESTS = {'nbdev': 'exports and tests the notebooks', 'ruff': 'checks what nobody uses', 'execnb': 'nbdev runs notebooks with it, and newer ones break it'}
+BEHIND_TESTS = {'nbdev': 'exports and tests the notebooks', 'ruff': 'checks what nobody uses',
+                'execnb': 'nbdev runs notebooks with it, and newer ones break it'}
 
 
 def canonical(name: str) -> str: return re.sub(r'[-_.]+', '-', name).lower()
@@ -33,14 +35,17 @@ def required(settings: Path = ROOT/'settings.ini') -> dict[str, set[str]]:
     "Distributions by group: `run` for `requirements`, the extras by name."
     config = ConfigParser(delimiters=['='])
     config.read(settings, encoding='utf-8')
-    groups = {'run': 'requirements'} | {key.removesuffix('_requirements'): key for key in config['DEFAULT'] if key.endswith('_requirements')}
-    return {group: {canonical(re.match(r'[\w.-]+', word)[0]) for word in config['DEFAULT'][key].split()} for group, key in groups.items()}
+    groups = {'run': 'requirements'} | {key.removesuffix('_requirements'): key for key in config['DEFAULT']
+                                        if key.endswith('_requirements')}
+    return {group: {canonical(re.match(r'[\w.-]+', word)[0]) for word in config['DEFAULT'][key].split()}
+            for group, key in groups.items()}
 
 
 def sources(path: Path) -> list[str]:
     if path.suffix == '.py': return [path.read_text(encoding='utf-8')]
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    return [re.sub(r'(?m)^(\s*)[%!].*$', r'\1pass', ''.join(cell['source'])) for cell in cells if cell['cell_type'] == 'code']
+    return [re.sub(r'(?m)^(\s*)[%!].*$', r'\1pass', ''.join(cell['source'])) for cell in cells
+            if cell['cell_type'] == 'code']
 
 
 providers = cache(packages_distributions)
@@ -63,9 +68,11 @@ def needs(paths) -> set[str]: return set().union(*(imported(path) for path in pa
 def needed() -> dict[str, set[str]]:
     "As `required`, read from the code."
     notebooks = sorted((ROOT/'nbs').rglob('*.ipynb'))
-    run = needs([*(ROOT/'newsrepro').rglob('*.py'), *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
+    run = needs([*(ROOT/'newsrepro').rglob('*.py'),
+                 *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
     features = {'sentence-transformers'}  # `embed` asks whether it is there before it imports it
-    develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'), *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
+    develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
+                     *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
     return dict(run=run - features, dev=develop - run - features, features=features & run)
 
 
@@ -87,9 +94,13 @@ def test_the_guard_notices_a_requirement_taken_out(taken_out, tmp_path):
 def test_the_tested_set_lies_within_the_bounds():
     "`constraints.txt` pins every requirement, to a version that `settings.ini` allows."
     from packaging.requirements import Requirement
-    pinned = dict(line.split('==') for line in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines() if '==' in line)
+    pinned = dict(line.split('==')
+                  for line in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines()
+                  if '==' in line)
     pinned = {canonical(name): version for name, version in pinned.items()}
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
-    asked = [Requirement(word) for key in ('requirements', 'dev_requirements') for word in config['DEFAULT'][key].split()]
-    assert len(asked) > 50 and [str(one) for one in asked if not one.specifier.contains(pinned.get(canonical(one.name), '0'))] == []
+    asked = [Requirement(word) for key in ('requirements', 'dev_requirements')
+             for word in config['DEFAULT'][key].split()]
+    assert len(asked) > 50 and [str(one) for one in asked
+                                if not one.specifier.contains(pinned.get(canonical(one.name), '0'))] == []

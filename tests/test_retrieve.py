@@ -1,4 +1,5 @@
-"""Exact search and streamed dual softmax: equal to the dense formulas at size, on adversarial input, and on any number of threads."""
+"""Exact search and streamed dual softmax: equal to the dense formulas at size, on adversarial input, and
+on any number of threads."""
 import numpy as np
 import pytest
 import ranx
@@ -16,13 +17,15 @@ def unit(n, dim, seed, centre=.3):
 
 
 def same_ranking(places, dense, unit_of_cosine, tolerance=1e-6):
-    "Each row lists distinct candidates, at every place the dense value that belongs there, up to `tolerance` of cosine."
+    """Each row lists distinct candidates, at every place the dense value that belongs there, up to
+    `tolerance` of cosine."""
     best = -np.sort(-dense, axis=1)[:, :places.shape[1]]
     assert np.abs(np.take_along_axis(dense, places, 1) - best).max()*unit_of_cosine <= tolerance
     assert (np.diff(np.sort(places, axis=1), axis=1) > 0).all()
 
 
-@pytest.mark.parametrize('centre', [.3, 1.5])  # cosines about .1 and about .7: float32 is wrong by 2e-7 and by 1e-6
+@pytest.mark.parametrize('centre',
+                         [.3, 1.5])  # cosines about .1 and about .7: float32 is wrong by 2e-7 and by 1e-6
 def test_five_thousand_by_five_thousand(centre):
     "Place by place the ranking of the dense formula in float64."
     q, c = unit(5000, 256, 0, centre), unit(5000, 256, 1, centre)
@@ -35,7 +38,8 @@ def test_five_thousand_by_five_thousand(centre):
 
 
 def test_near_duplicates_beyond_the_spare_places():
-    "Fifty candidates that float32 cannot tell apart stand around the end of the lists; equal ones in the order of the pool."
+    """Fifty candidates that float32 cannot tell apart stand around the end of the lists; equal ones in the
+    order of the pool."""
     q, c = unit(40, 32, 0), unit(300, 32, 1)
     c[100:150] = c[7]
     c[100:125, 3] += np.linspace(0, 3e-8, 25, dtype=np.float32)
@@ -61,7 +65,8 @@ def test_any_temperature(temperature):
 @pytest.mark.parametrize('scale', [1e-30, 1e-3, 1e3, 1e30])
 def test_scale_of_the_vectors_does_not_matter(scale):
     q, c = unit(31, 24, 4), unit(211, 24, 5)
-    assert (dual_softmax_top_k(q*np.float32(scale), c, 50, .05)[1] == dual_softmax_top_k(q, c, 50, .05)[1]).mean() > .999
+    assert (dual_softmax_top_k(q*np.float32(scale), c, 50, .05)[1]
+            == dual_softmax_top_k(q, c, 50, .05)[1]).mean() > .999
 
 
 def test_opposites_at_the_scale_of_clip():
@@ -69,21 +74,28 @@ def test_opposites_at_the_scale_of_clip():
     q = unit(1, 24, 6).repeat(50, 0) + 1e-3*unit(50, 24, 7)
     c = np.concatenate([unit(100, 24, 8), -unit(1, 24, 6), -q[:5]])
     for T in (.01, .0065, .004):
-        same_ranking(dual_softmax_top_k(q, c, len(c), T)[1], dual_softmax((q/np.linalg.norm(q, axis=1, keepdims=True)).astype(float) @ (c/np.linalg.norm(c, axis=1, keepdims=True)).astype(float).T, T), T/2)
+        same_ranking(dual_softmax_top_k(q, c, len(c), T)[1],
+                     dual_softmax((q/np.linalg.norm(q, axis=1,
+                                                    keepdims=True)).astype(float) @ (c/np.linalg.norm(c,
+                                                                                                      axis=1,
+                                                                                                      keepdims=True)).astype(float).T, T), T/2)
 
 
 def test_duplicates_stand_in_the_order_of_the_pool():
-    corners = np.array(np.meshgrid(*[[-1, 1]]*4)).reshape(4, -1).T.astype(np.float32)  # cosines are multiples of 1/2: exact ties
+    corners = np.array(np.meshgrid(*[[-1, 1]]*4)).reshape(4,
+                                                          -1).T.astype(np.float32)  # cosines are multiples of 1/2: exact ties
     c = np.concatenate([corners]*40)
     want = np.argsort(-(corners/2) @ (c/2).T, axis=1, kind='stable')
     for k in (1, 17, 100, len(c)):
         for block in (16, 48, 100, 640):
             assert (top_k(corners, c, k, query_block=5, candidate_block=block)[1] == want[:, :k]).all()
-    same_ranking(dual_softmax_top_k(corners, c, 100, .1, candidate_block=48)[1], dual_softmax((corners/2).astype(float) @ (c/2).astype(float).T, .1), .05)
+    same_ranking(dual_softmax_top_k(corners, c, 100, .1, candidate_block=48)[1],
+                 dual_softmax((corners/2).astype(float) @ (c/2).astype(float).T, .1), .05)
 
 
 def test_pools_that_defeat_the_filter():
-    "Ever better and ever worse candidates, and one query whose pool is its mirror: the lists are still exact."
+    """Ever better and ever worse candidates, and one query whose pool is its mirror: the lists are still
+    exact."""
     angle = np.linspace(0, 3, 3000)
     ring = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
     q = np.array([[1, 0], [np.cos(3), np.sin(3)]], dtype=np.float32)
@@ -101,7 +113,8 @@ def test_threads_do_not_change_the_result():
             results.append(dual_softmax_top_k(q, c, 50, .01, query_block=64, candidate_block=256))
             assert torch.get_num_threads() == threads
     finally: torch.set_num_threads(before)
-    for scores, places in results[1:]: assert (places == results[0][1]).all() and np.allclose(scores, results[0][0], atol=1e-3)
+    for scores, places in results[1:]:
+        assert (places == results[0][1]).all() and np.allclose(scores, results[0][0], atol=1e-3)
 
 
 def test_matrix_of_any_values():
@@ -115,19 +128,27 @@ def test_matrix_of_any_values():
             logs, places = dual_softmax_top_k_of(scores, 53, T, block=block)
             want = np.argsort(-dual_softmax(scores, T), axis=1, kind='stable')
             taken = np.take_along_axis(dual_softmax(scores, T), places, 1)
-            assert (np.isneginf(taken) == np.isneginf(logs)).all() and (np.diff(np.where(np.isneginf(taken), -1e300, taken), axis=1) <= 1e-6*np.abs(np.nan_to_num(taken[:, 1:], neginf=0)) + 1e-9).all()
+            assert (np.isneginf(taken)
+                    == np.isneginf(logs)).all() and (np.diff(np.where(np.isneginf(taken), -1e300, taken),
+                                                             axis=1) <= 1e-6*np.abs(np.nan_to_num(taken[:,
+                                                                                                        1:],
+                                                                                                  neginf=0))
+                                                     + 1e-9).all()
             assert block > 1 or (places == want).mean() > .99
 
 
 def test_memory_mapped_matrix(tmp_path):
     np.save(tmp_path/'scores.npy', np.random.default_rng(0).normal(size=(100, 80)))
     scores = np.load(tmp_path/'scores.npy', mmap_mode='r')
-    assert (dual_softmax_top_k_of(scores, 10, .5, block=1000)[1] == np.argsort(-dual_softmax(scores, .5), axis=1)[:, :10]).all()
+    assert (dual_softmax_top_k_of(scores, 10, .5, block=1000)[1]
+            == np.argsort(-dual_softmax(scores, .5), axis=1)[:, :10]).all()
 
 
 BAD = {
-    'NaN': (lambda q, c: (np.where(np.arange(len(q))[:, None] == 2, np.nan, q), c, 5), 'queries: NaN or infinity in row 2'),
-    'infinity': (lambda q, c: (q, np.where(np.arange(len(c))[:, None] == 3, np.inf, c), 5), 'candidates: NaN or infinity in row 3'),
+    'NaN': (lambda q, c: (np.where(np.arange(len(q))[:, None] == 2, np.nan, q), c, 5),
+            'queries: NaN or infinity in row 2'),
+    'infinity': (lambda q, c: (q, np.where(np.arange(len(c))[:, None] == 3, np.inf, c), 5),
+                 'candidates: NaN or infinity in row 3'),
     'zero vector': (lambda q, c: (q, np.concatenate([c, 0*c[:1]]), 5), 'candidates: row 30 is a zero vector'),
     'dimensions': (lambda q, c: (q, c[:, :4], 5), 'queries have 8 dimensions, candidates 4'),
     'axes': (lambda q, c: (q[0], c, 5), r'queries: expected \(n, dim\)'),
@@ -147,12 +168,15 @@ def test_bad_input_is_named(function, bad):
 @pytest.mark.parametrize('temperature', [0, -.5, float('nan'), float('inf'), 1e-320])
 def test_bad_temperature_is_named(temperature):
     q, c = unit(7, 8, 0), unit(30, 8, 1)
-    for call in (lambda: dual_softmax_top_k(q, c, 5, temperature), lambda: dual_softmax_top_k_of(q @ c.T, 5, temperature), lambda: dual_softmax(q @ c.T, temperature)):
+    for call in (lambda: dual_softmax_top_k(q, c, 5, temperature),
+                 lambda: dual_softmax_top_k_of(q @ c.T, 5, temperature),
+                 lambda: dual_softmax(q @ c.T, temperature)):
         with pytest.raises(InputError, match='temperature=.*positive'): call()
 
 
 def test_keys_order_every_float():
-    values = np.concatenate([[-np.inf, -3e38, -1e-45, 0, 1e-45, 3e38, np.inf], np.random.default_rng(0).normal(size=1000)]).astype(np.float32)
+    values = np.concatenate([[-np.inf, -3e38, -1e-45, 0, 1e-45, 3e38, np.inf],
+                             np.random.default_rng(0).normal(size=1000)]).astype(np.float32)
     places = torch.arange(len(values))
     keys = to_keys(torch.from_numpy(values), places)
     assert keys.argsort(descending=True).tolist() == np.argsort(-values, kind='stable').tolist()
@@ -172,14 +196,17 @@ def test_assignment_against_brute_force():
         chosen = assign(Z)
         total = sum(Z[i, j] for i, j in enumerate(chosen) if j >= 0)
         wide = Z if n <= m else Z.T
-        assert np.isclose(total, max(sum(wide[i, j] for i, j in enumerate(p)) for p in permutations(range(wide.shape[1]), wide.shape[0])))
+        assert np.isclose(total, max(sum(wide[i, j] for i, j in enumerate(p))
+                                     for p in permutations(range(wide.shape[1]), wide.shape[0])))
 
 
 def test_fusion_equals_ranx():
     rng = np.random.default_rng(0)
     matrices = [rng.normal(size=(6, 9)), rng.gamma(2, size=(6, 9))]
-    runs = [ranx.Run({f'q{i}': {f'd{j}': float(x) for j, x in enumerate(row)} for i, row in enumerate(matrix)}) for matrix in matrices]
+    runs = [ranx.Run({f'q{i}': {f'd{j}': float(x) for j, x in enumerate(row)}
+                      for i, row in enumerate(matrix)}) for matrix in matrices]
     theirs = ranx.fuse(runs=runs, norm='zmuv', method='sum').to_dict()
     ours = fuse(matrices)
     for i in range(6):
-        assert sorted(theirs[f'q{i}'], key=theirs[f'q{i}'].get, reverse=True) == [f'd{j}' for j in np.argsort(-ours[i])]
+        assert sorted(theirs[f'q{i}'], key=theirs[f'q{i}'].get,
+                      reverse=True) == [f'd{j}' for j in np.argsort(-ours[i])]

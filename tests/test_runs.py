@@ -21,7 +21,8 @@ from newsrepro.study.study import run_file
 
 steady = settings(deadline=None, derandomize=True)
 OFFICIAL = Path(__file__).resolve().parents[2] / 'shared/data/newsimages2021'
-official_data = pytest.mark.skipif(not OFFICIAL.is_dir(), reason='needs the official NewsImages 2021 release beside the clone, in shared/data')
+official_data = pytest.mark.skipif(not OFFICIAL.is_dir(),
+                                   reason='needs the official NewsImages 2021 release beside the clone, in shared/data')
 
 
 @steady
@@ -33,7 +34,8 @@ def test_obfuscation_and_back(article):
 ids = st.text(st.characters(exclude_categories=['Cs']), min_size=1, max_size=12)
 
 @steady
-@given(run=st.dictionaries(ids, st.lists(ids, min_size=1, max_size=8, unique=True), min_size=1, max_size=8), header=st.booleans())
+@given(run=st.dictionaries(ids, st.lists(ids, min_size=1, max_size=8, unique=True), min_size=1, max_size=8),
+       header=st.booleans())
 def test_a_run_that_can_be_written_is_read_back(tmp_path_factory, run, header):
     path = tmp_path_factory.mktemp('run') / 'run.tsv'
     try: write_run(path, run, header=header)
@@ -64,7 +66,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['run.tsv']
 
 
-pieces = st.sampled_from([b'a', b'i', b'\t', b'\n', b'\r', b'"', b'\0', b'\xff', b'\xef\xbb\xbf', b'articleID', b'\xc3\xa9', b' '])
+pieces = st.sampled_from([b'a', b'i', b'\t', b'\n', b'\r', b'"', b'\0', b'\xff', b'\xef\xbb\xbf',
+                          b'articleID', b'\xc3\xa9', b' '])
 
 @steady
 @given(st.lists(pieces | st.binary(max_size=3), max_size=40).map(b''.join))
@@ -76,7 +79,8 @@ def test_damaged_files_are_refused_in_one_line(tmp_path_factory, raw):
     else: assert run and all(a and images and all(images) for a, images in run.items())
 
 
-@pytest.mark.parametrize('metric', ['MAP', 'R@0', 'R@x', 'mrr@100', 'R@101', 'R@1000', 'R', '', 'R@1 ', 'nDCG@10'])
+@pytest.mark.parametrize('metric',
+                         ['MAP', 'R@0', 'R@x', 'mrr@100', 'R@101', 'R@1000', 'R', '', 'R@1 ', 'nDCG@10'])
 def test_an_unknown_metric_is_usage_not_a_failure(tmp_path, capsys, metric):
     (tmp_path/'gt.csv').write_text('article_id,image_id\na,i\nb,j\n')
     write_run(tmp_path/'run.tsv', {'a': ['i', 'j'], 'b': ['i', 'j']})
@@ -123,19 +127,22 @@ def random_run(truth, seed: int, found: float, missing: float, width: int = 100)
     for article in rng.sample(sorted(truth.image_of), len(truth.image_of)):
         if rng.random() < missing: continue
         images = [i for i in rng.sample(pool, width + 1) if i != truth.image_of[article]][:width]
-        if rng.random() < found: images[min(int(rng.expovariate(1 / 12)), width - 1)] = truth.image_of[article]
+        if rng.random() < found:
+            images[min(int(rng.expovariate(1 / 12)), width - 1)] = truth.image_of[article]
         run[article] = images
     return run
 
 
 @official_data
-@pytest.mark.parametrize('seed, found, missing, width', [(1, 1, 0, 100), (2, .5, 0, 100), (3, .7, .3, 100), (4, .05, .9, 150)])
+@pytest.mark.parametrize('seed, found, missing, width',
+                         [(1, 1, 0, 100), (2, .5, 0, 100), (3, .7, .3, 100), (4, .05, .9, 150)])
 def test_official_release(tmp_path, truth, seed, found, missing, width):
     run = random_run(truth, seed, found, missing, width)
     write_run(tmp_path / 'run.tsv', run, obfuscated=True)
     scores = evaluate_files(tmp_path / 'run.tsv', OFFICIAL / 'content2019-04-gt.tsv')
     assert list(scores) == ['n', 'found', *MEASURES] and scores['n'] == 1915
-    assert scores == pytest.approx(by_the_official_rules(tmp_path / 'run.tsv', OFFICIAL / 'content2019-04-gt.tsv'), abs=1e-12)
+    assert scores == pytest.approx(by_the_official_rules(tmp_path / 'run.tsv',
+                                                         OFFICIAL / 'content2019-04-gt.tsv'), abs=1e-12)
 
 
 @official_data
@@ -145,9 +152,11 @@ def test_official_articles_go_by_any_of_their_names(tmp_path, truth):
     write_run(tmp_path / 'real.tsv', run)
     write_run(tmp_path / 'obfuscated.tsv', run, obfuscated=True)
     write_run(tmp_path / 'url.tsv', {url_of[a]: images for a, images in run.items()}, header=False)
-    scores = [evaluate_files(tmp_path / f'{name}.tsv', OFFICIAL / 'content2019-04-gt.tsv') for name in ('real', 'obfuscated', 'url')]
+    scores = [evaluate_files(tmp_path / f'{name}.tsv', OFFICIAL / 'content2019-04-gt.tsv')
+              for name in ('real', 'obfuscated', 'url')]
     assert scores[0] == scores[1] == scores[2]
-    assert evaluate_files(tmp_path / 'url.tsv', OFFICIAL) == scores[0]   # the collection's folder is a truth too
+    assert evaluate_files(tmp_path / 'url.tsv',
+                          OFFICIAL) == scores[0]   # the collection's folder is a truth too
 
 
 @official_data
@@ -172,9 +181,11 @@ def test_official_comparison(tmp_path):
 
 
 def test_run_files_of_all_backbones_are_distinct():
-    "No two names of a backbone that a user can give share a file, and none reads as a data set and another backbone."
+    """No two names of a backbone that a user can give share a file, and none reads as a data set and
+    another backbone."""
     import open_clip
-    names = [*(b.name for b in PAPER_BACKBONES), *(f'{model}:{tag}' for model, tag in open_clip.list_pretrained())]
+    names = [*(b.name for b in PAPER_BACKBONES),
+             *(f'{model}:{tag}' for model, tag in open_clip.list_pretrained())]
     files = [run_file('EU', name).lower() for name in names]
     assert len(set(files)) == len(files) > 100
     endings = {name.split('-', i)[-1] for name in names for i in range(1, name.count('-') + 1)}
@@ -184,7 +195,9 @@ def test_run_files_of_all_backbones_are_distinct():
 @steady
 @given(st.lists(st.text(), min_size=2, max_size=2, unique=True))
 def test_data_sets_have_files_of_their_own(names):
-    "Names that differ in more than capitals differ in their files; a file lies in the folder, under a name any disk takes."
+    """Names that differ in more than capitals differ in their files; a file lies in the folder, under a
+    name any disk takes."""
     a, b = (run_file(name, 'ViT-B/32') for name in names)
     assert a.lower() != b.lower() or names[0].lower() == names[1].lower()
-    for name in (a, b): assert re.fullmatch(r'[\w.+-]+', name) and not name.startswith('.') and len(name.encode()) < 200
+    for name in (a, b):
+        assert re.fullmatch(r'[\w.+-]+', name) and not name.startswith('.') and len(name.encode()) < 200

@@ -11,9 +11,11 @@ import time
 import weakref
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,8 +32,8 @@ from newsrepro.core.base import InputError
 from newsrepro.ranking.metrics import tie_order
 from newsrepro.ranking.runs import write_run
 from newsrepro.models.single_stream import (Effort, Journal, PictureRule, encode_pairs, load_picture,
-                                            load_vilt, matched_lists, quantised, rank_pairs, start_from_vit,
-                                            untaught)
+                                            load_vilt, matched_lists, quantised, rank_pairs, save_vilt,
+                                            start_from_vit, untaught)
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
 CHILDREN.set_forkserver_preload(['newsrepro.models.single_stream', 'newsrepro.ranking.runs', 'hypothesis', 'pytest', 'scipy.stats',
@@ -46,7 +48,8 @@ SHAPES = [(90, 60), (60, 95), (70, 70), (40, 150)]
 
 
 def vocabulary(size):
-    "A file of `size` lines in the order of BERT's: unused places, the special pieces at 100, then characters and words."
+    """A file of `size` lines in the order of BERT's: unused places, the special pieces at 100, then
+    characters and words."""
     special = {0: '[PAD]', 100: '[UNK]', 101: '[CLS]', 102: '[SEP]', 103: '[MASK]'}
     known = [*LETTERS, *(f'##{c}' for c in LETTERS), *WORDS]
     lines = [special.get(place, f'[unused{place}]') for place in range(104)] + known
@@ -54,7 +57,8 @@ def vocabulary(size):
 
 
 def write_vilt(folder, kind=ViltForImageAndTextRetrieval, as_bin=False, seed=0, **sizes):
-    "What `transformers` itself writes for a network all of whose weights are random (its own start leaves positions at nought)."
+    """What `transformers` itself writes for a network all of whose weights are random (its own start
+    leaves positions at nought)."""
     torch.manual_seed(seed)
     config = ViltConfig(**sizes)
     model = kind(config).eval()
@@ -140,7 +144,8 @@ SIZES = {'small': (SMALL, SENTENCES, SHAPES), 'ViLT-B/32': ({}, SENTENCES[1:], [
 
 @pytest.mark.parametrize('size', SIZES)
 def test_scores_are_those_of_transformers(size, tmp_path, cut_off):
-    "Loaded from the hub's cache without a network; every pair gets what it gets alone through `transformers`."
+    """Loaded from the hub's cache without a network; every pair gets what it gets alone through
+    `transformers`."""
     sizes, texts, shapes = SIZES[size]
     snapshot = in_hub(tmp_path/'hub', 'dandelin/vilt-b32-finetuned-coco', as_bin=size == 'small', **sizes)
     matcher, paths = load_vilt('dandelin/vilt-b32-finetuned-coco', tmp_path/'hub'), write_pictures(tmp_path/'pictures', shapes)
@@ -158,7 +163,8 @@ def test_scores_are_those_of_transformers(size, tmp_path, cut_off):
 
 @pytest.mark.parametrize('size', SIZES)
 def test_checkpoint_without_matching_head(size, tmp_path, cut_off):
-    "`vilt-b32-mlm-itm` as published: the words' head is whole, the matching head lacks, and nothing is scored with it."
+    """`vilt-b32-mlm-itm` as published: the words' head is whole, the matching head lacks, and nothing is
+    scored with it."""
     sizes, texts, shapes = SIZES[size]
     in_hub(tmp_path/'hub', 'dandelin/vilt-b32-mlm-itm', kind=ViltForMaskedLM, **sizes)
     matcher = load_vilt('dandelin/vilt-b32-mlm-itm', tmp_path/'hub')
@@ -206,7 +212,8 @@ def test_size_rule_is_that_of_transformers():
 
 
 def test_pixels_are_those_of_transformers(tmp_path):
-    "The model's input, for small and large pictures, wide and tall, grey and transparent ones; the last on white, where theirs would be black."
+    """The model's input, for small and large pictures, wide and tall, grey and transparent ones; the last
+    on white, where theirs would be black."""
     theirs, rule = ViltImageProcessorPil(size={'shortest_edge': 96}, size_divisor=16), PictureRule(96, 16)
     matcher = stream.Matcher('', stream.Vilt(ViltConfig(**SMALL)), None, rule, '', tmp_path)
     draw, sizes = np.random.default_rng(0), [(200, 100), (33, 57), (96, 96), (97, 95), (31, 300), (500, 90), (20, 19)]
@@ -232,7 +239,8 @@ def crowd(folder):
 
 
 def killed_child(model, work, run, how, at):
-    "Score on from the journal; die at the `at`-th statement of SQL or forward pass, or go slowly until the parent ends it."
+    """Score on from the journal; die at the `at`-th statement of SQL or forward pass, or go slowly until
+    the parent ends it."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill leaves behind
     log, calls = os.open(work/'log', os.O_WRONLY | os.O_APPEND | os.O_CREAT), iter(range(1, 100000))
@@ -279,7 +287,8 @@ def logged(work): return [line.split() for line in (work/'log').read_text().spli
 
 
 def test_killed_ten_times_ends_as_undisturbed(small, tmp_path):
-    "At statements of SQL, within transactions too, at forward passes and at moments of the clock; no unit that was kept is scored again."
+    """At statements of SQL, within transactions too, at forward passes and at moments of the clock; no
+    unit that was kept is scored again."""
     for name in ('whole', 'killed'): (tmp_path/name).mkdir()
     code, lines = run_child(small, tmp_path/'whole', tmp_path/'whole'/'run.csv')
     units = [digest for kind, digest in lines if kind == 'kept']
@@ -310,7 +319,7 @@ def test_finished_search_scores_nothing(small, tmp_path, monkeypatch):
     first = search(matcher, texts, 5)
     monkeypatch.setattr(stream, 'score_pairs', lambda *_: pytest.fail('scored again'))
     assert search(matcher, texts, 5) == first
-    for other in ((matcher, texts, 6), (replace(matcher, mixed=True), texts, 5), (matcher, texts[::-1], 5)):
+    for other in ((matcher, texts, 6), (replace(matcher, precision='bf16'), texts, 5), (matcher, texts[::-1], 5)):
         with pytest.raises(pytest.fail.Exception, match='scored again'): search(*other)
 
 
@@ -385,7 +394,7 @@ def test_memory_is_bounded(small, tmp_path, monkeypatch):
 
 def test_int8_and_bfloat16_are_near(small, tmp_path):
     matcher, paths = load_vilt(str(small)), write_pictures(tmp_path/'pictures', SHAPES*6)
-    kinds = matcher, quantised(matcher), replace(matcher, mixed=True)
+    kinds = matcher, quantised(matcher), replace(matcher, precision='bf16')
     exact, eighth, half = (in_order_of_pool(rank_pairs(kind, SENTENCES, paths, k=24)) for kind in kinds)
     assert (exact != eighth).any() and (exact != half).any() and half.dtype == np.float32
     assert min(spearmanr(exact[row], eighth[row]).statistic for row in range(4)) > .95
@@ -483,3 +492,105 @@ def test_start_from_an_imagenet_vit(small, tmp_path):
     assert (own.embeddings.text_embeddings.word_embeddings.weight == words).all()
     ViTForImageClassification(ViTConfig(**sizes | dict(num_hidden_layers=2))).save_pretrained(tmp_path/'shallow')
     with pytest.raises(InputError, match='encoder.layer.2.* has shape none'): start_from_vit(matcher.model, str(tmp_path/'shallow'))
+
+
+class Trap:
+    "Of a library that is not to be imported: whoever unpickles it as it is writes a file."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+INVERSE = {'embeddings.position_embeddings': 'pos_embed', 'embeddings.cls_token': 'cls_token',
+           'embeddings.patch_embeddings.projection': 'patch_embed.proj', 'encoder.layer': 'blocks',
+           'layernorm_before': 'norm1', 'layernorm_after': 'norm2', 'attention.output.dense': 'attn.proj',
+           'intermediate.dense': 'mlp.fc1', 'output.dense': 'mlp.fc2', 'vilt.layernorm.': 'vilt.norm.'}
+
+
+def as_published(state, seed=0):
+    "The retrieval network of `transformers` under the names of the original, its two heads drawn."
+    draw = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(shape, generator=draw)*.1
+    wide, size = state['rank_output.weight'].shape[1], SMALL['vocab_size']
+    shapes = {'dense.weight': (wide, wide), 'dense.bias': (wide,), 'LayerNorm.weight': (wide,),
+              'LayerNorm.bias': (wide,)}
+    found = {f'mlm_score.transform.{key}': random(*shape) for key, shape in shapes.items()}
+    found |= {'mlm_score.decoder.weight': random(size, wide), 'mlm_score.bias': random(size)}
+    for part in ('weight', 'bias'):
+        yes = state[f'rank_output.{part}']
+        no = random(*yes.shape)
+        found[f'itm_score.fc.{part}'] = torch.cat([no, no + yes])
+    for key, value in state.items():
+        if not key.startswith('vilt.'): continue
+        for old, new in INVERSE.items(): key = key.replace(old, new)
+        key = key.replace('vilt.embeddings.', '').replace('vilt.pooler', 'pooler').replace('vilt.', 'transformer.')
+        if key in ('pos_embed', 'cls_token') or key.startswith('patch_embed'): key = f'transformer.{key}'
+        if '.attention.attention.' in key:
+            name, part = key.split('.attention.attention.')
+            joint = f'{name}.attn.qkv.{part.rpartition(".")[2]}'
+            found[joint] = torch.cat([found[joint], value]) if joint in found else value
+        else: found[key] = value
+    return found
+
+
+def test_the_originals_file(tmp_path, cut_off):
+    "Scores and words from the names of the authors' code; what else the file holds is never run."
+    folder = write_vilt(tmp_path/'vilt', **SMALL)
+    state = as_published(load_vilt(str(folder)).model.state_dict() | dict(
+        ViltForImageAndTextRetrieval.from_pretrained(folder).state_dict()))
+    trap = Trap(tmp_path/'sprung')
+    torch.save(dict(state_dict=state, epoch=3, callbacks={'best': trap}), folder/'vilt_200k.ckpt')
+    matcher, paths = load_vilt('vilt_200k.ckpt', folder), write_pictures(tmp_path/'pictures', SHAPES)
+    assert (matcher.untrained, matcher.name, len(matcher.fingerprint)) == ((), 'vilt_200k', 64)
+    assert not (tmp_path/'sprung').exists() and not matcher.model.tied
+    lengths = matcher.model.config.max_position_embeddings
+    expected = scored_by_transformers(folder, SENTENCES, paths, lengths)
+    np.testing.assert_allclose(in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=4)), expected, atol=2e-5)
+    hidden = torch.randn(5, SMALL['hidden_size'], generator=torch.Generator().manual_seed(1))
+    inside = torch.nn.functional.gelu(hidden @ state['mlm_score.transform.dense.weight'].T
+                                      + state['mlm_score.transform.dense.bias'])
+    scale, shift = (state[f'mlm_score.transform.LayerNorm.{part}'] for part in ('weight', 'bias'))
+    inside = torch.nn.functional.layer_norm(inside, inside.shape[1:], scale, shift)
+    logits = inside @ state['mlm_score.decoder.weight'].T + state['mlm_score.bias']
+    torch.testing.assert_close(matcher.model.mlm_score(hidden), logits, atol=1e-5, rtol=0)
+    again = load_vilt(str(save_vilt(tmp_path/'again', matcher)))
+    torch.testing.assert_close(again.model.mlm_score(hidden), logits, atol=1e-5, rtol=0)
+    os.truncate(folder/'vilt_200k.ckpt', 3000)
+    with pytest.raises(InputError, match='vilt_200k.ckpt: corrupt or no checkpoint'):
+        load_vilt('vilt_200k.ckpt', folder)
+    with pytest.raises(InputError, match='nobody.ckpt: no such file'): load_vilt('nobody.ckpt', folder)
+
+
+def test_start_from_timms_own_file(small, tmp_path):
+    "The layers of timm's ViT, from the file as timm writes it, compute what timm computes."
+    torch.manual_seed(0)
+    vit = timm.create_model('vit_base_patch32_384', img_size=64, patch_size=16, embed_dim=32, depth=3,
+                            num_heads=4, mlp_ratio=2).eval()
+    for module in vit.modules():
+        if isinstance(module, torch.nn.LayerNorm): module.eps = 1e-12  # as `transformers` has it
+    torch.save(vit.state_dict(), tmp_path/'jx_vit_base_p32_384-830016f5.pth')
+    model = load_vilt(str(small)).model
+    start_from_vit(model, 'jx_vit_base_p32_384-830016f5.pth', tmp_path)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        x = model.embed_image(pixels) - model.vilt.embeddings.token_type_embeddings.weight[1]
+        torch.testing.assert_close(encode_pairs(model, x), vit.forward_features(pixels), atol=1e-3, rtol=0)
+
+
+def test_less_memory_than_thought(small, tmp_path, monkeypatch, capsys):
+    "Half the batch until it fits, said once for each halving; the scores are the same."
+    matcher, paths = load_vilt(str(small)), write_pictures(tmp_path/'pictures', SHAPES*3)
+    plain = stream.score_pairs
+    effort = Effort(devices=('cpu',), batch_size=16)
+    whole = in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=12, effort=effort))
+    room = 4
+
+    def scarce(*given):
+        if given[-1] > room: raise torch.OutOfMemoryError
+        return plain(*given)
+    monkeypatch.setattr(stream, 'score_pairs', scarce)
+    halved = in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=12, effort=effort))
+    np.testing.assert_allclose(halved, whole, atol=1e-5)
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ['8', '4']
+    room = 0
+    with pytest.raises(InputError, match='does not suffice for a single pair'):
+        rank_pairs(matcher, SENTENCES, paths, k=1, effort=effort)

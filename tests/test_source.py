@@ -23,7 +23,10 @@ def copy(tmp_path_factory):
     target = tmp_path_factory.mktemp('sources')
     for name in ('nbs', 'newsrepro', 'settings.ini', 'README.md', '.ci'):
         source = ROOT/name
-        if source.is_dir(): shutil.copytree(source, target/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '*.safetensors'))
+        if source.is_dir():
+            shutil.copytree(source, target/name,
+                            ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints',
+                                                          '*.safetensors'))
         else: shutil.copy2(source, target/name)
     return target
 
@@ -36,7 +39,8 @@ def run(command, cwd):
 
 def differing(one: Path, other: Path, pattern: str) -> list[str]:
     names = {path.relative_to(root) for root in (one, other) for path in root.rglob(pattern)}
-    return sorted(str(name) for name in names if not ((one/name).exists() and (other/name).exists() and filecmp.cmp(one/name, other/name, shallow=False)))
+    return sorted(str(name) for name in names if not ((one/name).exists() and (other/name).exists()
+                                                      and filecmp.cmp(one/name, other/name, shallow=False)))
 
 
 def test_clean_leaves_no_diff(copy):
@@ -55,7 +59,8 @@ def test_readme_is_the_index_notebook(copy):
 
 
 README = (ROOT/'README.md').read_text(encoding='utf-8').splitlines()
-SETUP_LINES = {end: [line for line in README if re.search(f'^python3 -m venv .*{end}$', line)] for end in ('newsrepro reproduce', 'pytest')}
+SETUP_LINES = {end: [line for line in README if re.search(f'^python3 -m venv .*{end}$', line)]
+               for end in ('newsrepro reproduce', 'pytest')}
 
 
 @pytest.mark.parametrize('end', SETUP_LINES)
@@ -75,10 +80,12 @@ def test_notebook_form(path):
     "Readable ids, exports of at most 45 lines, parameters never exported, a kernel by name."
     for cell in cells(path):
         source = ''.join(cell['source'])
-        exported, tagged = re.search(r'^#\|\s*export', source, re.M), 'parameters' in cell['metadata'].get('tags', [])
+        exported, tagged = re.search(r'^#\|\s*export', source,
+                                     re.M), 'parameters' in cell['metadata'].get('tags', [])
         assert not re.fullmatch(r'[0-9a-f]{6,}', cell['id']), f'machine-made id {cell["id"]}'
         assert not (exported and tagged), 'the parameters cell is exported'
-        assert not exported or len([line for line in source.splitlines() if line.strip()]) <= 45, f'export {cell["id"]} is too long'
+        assert not exported or len([line for line in source.splitlines()
+                                    if line.strip()]) <= 45, f'export {cell["id"]} is too long'
     assert json.loads(path.read_text())['metadata']['kernelspec']['name'] == 'python3'
     assert path.stat().st_size < 400_000, 'heavy outputs'
 

@@ -1,4 +1,5 @@
-"""The mini study as a newcomer runs it: complete, repeatable to the byte, and the same command on a folder of one's own."""
+"""The mini study as a newcomer runs it: complete, repeatable to the byte, and the same command on a folder
+of one's own."""
 import csv
 import json
 import os
@@ -17,11 +18,13 @@ NEWSREPRO = Path(sys.executable).with_name('newsrepro')
 
 
 def newsrepro(*arguments, **environment):
-    return subprocess.run([NEWSREPRO, *map(str, arguments)], capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run([NEWSREPRO, *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | environment)
 
 
 def contents(out: Path, *kinds: str) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for kind in kinds for path in sorted((out/kind).rglob('*')) if path.is_file()}
+    return {str(path.relative_to(out)): path.read_bytes() for kind in kinds
+            for path in sorted((out/kind).rglob('*')) if path.is_file()}
 
 
 @pytest.fixture(scope='module')
@@ -36,13 +39,16 @@ def study(tmp_path_factory):
 
 def test_everything_promised_is_there(study):
     for notebook in NOTEBOOKS:
-        for table in notebook.tables: assert (study/'tables'/f'{table}.csv').stat().st_size and (study/'tables'/f'{table}.md').stat().st_size
-        for figure in notebook.figures: assert (study/'figures'/f'{figure}.png').read_bytes().startswith(b'\x89PNG')
+        for table in notebook.tables:
+            assert (study/'tables'/f'{table}.csv').stat().st_size and (study/'tables'/f'{table}.md').stat().st_size
+        for figure in notebook.figures:
+            assert (study/'figures'/f'{figure}.png').read_bytes().startswith(b'\x89PNG')
         assert (study/'notebooks'/f'{notebook.name}.ipynb').exists()
     assert len(list((study/'runs'/'zhang2022').glob('TW+RSS+RT-*.tsv'))) == 9
     assert (study/'index.html').exists()
     manifest = json.loads((study/'manifest.json').read_text())
-    assert (manifest['profile'], manifest['data'], manifest['seeds']['11_clip_sweep']) == ('mini', 'mini', 0) and manifest['commit'] and manifest['libraries']['torch']
+    assert (manifest['profile'], manifest['data'], manifest['seeds']['11_clip_sweep']) == ('mini', 'mini',
+                                                                                           0) and manifest['commit'] and manifest['libraries']['torch']
     entry = manifest['notebooks']['11_clip_sweep']
     assert len(entry['checkpoints']) == 9 and len(entry['data']['fingerprint']) == 64 and entry['seconds'] > 0 and entry['peak_memory_mb'] > 0
 
@@ -55,12 +61,14 @@ def test_tables_say_what_made_them_and_claim_nothing(study):
         assert (row['profile'], row['seed']) == ('mini', '0') and row['data'].startswith('newsimages2022:')
         assert row['checkpoint'].startswith('mini-') and row['commit'] and row['published'] == row['difference'] == ''
     text = (study/'tables'/'zhang2022-table-2.md').read_text()
-    assert "not the paper's" in text and all(f'{value:.4f}' in text for value in published_table('zhang2022-table-2').values())
+    assert "not the paper's" in text and all(f'{value:.4f}' in text
+                                             for value in published_table('zhang2022-table-2').values())
 
 
 def test_the_sweep_says_something(study):
     "No measure saturated, and the strongest backbone further from the weakest than its interval is wide."
-    mrr = {row['run']: {key: float(row[key]) for key in ('value', 'ci_low', 'ci_high')} for row in rows(study, 'zhang2022-table-2')}
+    mrr = {row['run']: {key: float(row[key]) for key in ('value', 'ci_low', 'ci_high')}
+           for row in rows(study, 'zhang2022-table-2')}
     best, worst = max(mrr.values(), key=lambda m: m['value']), min(mrr.values(), key=lambda m: m['value'])
     assert best['value'] - worst['value'] > best['ci_high'] - best['ci_low'] and best['ci_low'] > worst['ci_high']
     for row in rows(study, 'zhang2022-extra-official-test'):
@@ -76,9 +84,11 @@ def test_second_run_is_quick_and_changes_nothing(study):
 
 
 def test_from_nothing_again_byte_for_byte(study, tmp_path):
-    "Collections generated, texts translated, models trained and embeddings computed anew: the same tables and runs."
+    """Collections generated, texts translated, models trained and embeddings computed anew: the same
+    tables and runs."""
     some = [notebook for notebook in NOTEBOOKS if notebook.name in ('12_fine_tune', '14_txv')]
-    done = newsrepro('reproduce', '--out', tmp_path/'again', *(word for notebook in some for word in ('--only', notebook.name)),
+    done = newsrepro('reproduce', '--out', tmp_path/'again',
+                     *(word for notebook in some for word in ('--only', notebook.name)),
                      NEWSREPRO_CACHE=str(tmp_path/'cache'))
     assert done.returncode == 0, done.stdout + done.stderr
     first, again = contents(study, 'tables', 'runs'), contents(tmp_path/'again', 'tables', 'runs')
@@ -88,7 +98,8 @@ def test_from_nothing_again_byte_for_byte(study, tmp_path):
 
 
 def test_a_folder_in_the_layout_of_2025(tmp_path):
-    "Own pictures and headlines; one picture is gone, one is broken, and the tables say which checkpoints ranked them."
+    """Own pictures and headlines; one picture is gone, one is broken, and the tables say which checkpoints
+    ranked them."""
     captions = mini_root()/'captions'
     table = list(csv.DictReader((captions/'captions.csv').open(encoding='utf-8')))
     chosen = list({row['image_id']: row for row in table}.values())[:260]
@@ -98,11 +109,13 @@ def test_a_folder_in_the_layout_of_2025(tmp_path):
         writer = csv.writer(file)
         writer.writerow('article_id article_url article_title article_tags image_id image_url'.split())
         for i, row in enumerate(chosen):
-            writer.writerow([i, f'https://news.example/{i}', row['title'], 'a;b', row['image_id'], f'https://news.example/{i}.jpg'])
+            writer.writerow([i, f'https://news.example/{i}', row['title'], 'a;b', row['image_id'],
+                             f'https://news.example/{i}.jpg'])
             if i != 3: shutil.copy(captions/'images'/f"{row['image_id']}.jpg", folder/'newsimages')
     (folder/'newsimages'/f"{chosen[5]['image_id']}.jpg").write_bytes(b'<html>404</html>')
     out = tmp_path/'out'
-    done = newsrepro('reproduce', '--data', folder, '--out', out, '--only', '11_clip_sweep', '--set', '11_clip_sweep.backbones=RN50,ViT-B/32')
+    done = newsrepro('reproduce', '--data', folder, '--out', out, '--only', '11_clip_sweep', '--set',
+                     '11_clip_sweep.backbones=RN50,ViT-B/32')
     assert done.returncode == 0, done.stdout + done.stderr
     found = rows(out, 'zhang2022-table-2')
     assert [row['run'] for row in found] == ['RN50', 'ViT-B/32'] and all(row['n'] == '258' for row in found)
@@ -112,7 +125,9 @@ def test_a_folder_in_the_layout_of_2025(tmp_path):
 
 
 def test_absent_checkpoints_are_refused_before_any_work(tmp_path):
-    done = newsrepro('reproduce', '--profile', 'paper', '--only', '11_clip_sweep', '--out', tmp_path/'paper', HF_HOME=str(tmp_path/'hub'), HF_HUB_OFFLINE='1')
+    done = newsrepro('reproduce', '--profile', 'paper', '--only', '11_clip_sweep', '--out', tmp_path/'paper',
+                     HF_HOME=str(tmp_path/'hub'), HF_HUB_OFFLINE='1')
     assert done.returncode == 2 and done.stderr.count('\n') == 1
-    for part in ('checkpoints not found: RN50 (', 'RN50.pt', str(tmp_path/'hub'), '--weights'): assert part in done.stderr, done.stderr
+    for part in ('checkpoints not found: RN50 (', 'RN50.pt', str(tmp_path/'hub'), '--weights'):
+        assert part in done.stderr, done.stderr
     assert not (tmp_path/'paper'/'tables').exists()

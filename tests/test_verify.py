@@ -192,7 +192,7 @@ def test_a_notebook_whose_data_are_not_there_is_skipped_with_a_reason(folder, tm
     done = newsrepro(*planned, '--json', '--only', '11_clip_sweep', '--only', '12_fine_tune')
     assert done.returncode == 2 and done.stdout == ''  # asked for by name, it is refused
     done = newsrepro(*planned, '--only', '12_fine_tune')
-    assert done.returncode == 2 and '12_fine_tune: it needs' in done.stderr and '0 known' in done.stderr
+    assert done.returncode == 2 and '12_fine_tune: it needs' in done.stderr and '0 images, 10 articles' in done.stderr
     done = newsrepro(*planned)
     assert done.returncode == 2 and 'no notebook can run: 10_vilt needs' in done.stderr
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_BACKBONES', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_BACKBONES', 'TXV_BACKBONES', 'PRECISIONS', 'SUFFIXES',
            'HUB_FILES', 'REMEDY', 'MODEL_PATTERNS', 'MARIAN_FILES', 'VILT_FILES', 'TRANSLATORS', 'VILT_MODELS',
-           'WHEELS', 'Backbone', 'find_backbone', 'backbone_names', 'backbone_pair', 'check_precision',
+           'VIT_MODELS', 'WHEELS', 'Backbone', 'find_backbone', 'backbone_names', 'backbone_pair', 'check_precision',
            'resolve_precision', 'candidates', 'MissingCheckpoint', 'hub_cache', 'search_places', 'wanted_files',
            'find_checkpoint', 'model_name', 'is_hub_name', 'local_model', 'find_model', 'local_weights']
 
@@ -216,13 +216,15 @@ MARIAN_FILES = ('config.json', 'source.spm', 'target.spm', 'vocab.json')
 VILT_FILES = ('config.json', 'vocab.txt')
 TRANSLATORS = MappingProxyType({'paper': 'Helsinki-NLP/opus-mt-de-en', 'mini': 'mini-marian-de-en'})
 VILT_MODELS = MappingProxyType({'paper': 'dandelin/vilt-b32-mlm-itm', 'mini': 'mini-vilt'})
+VIT_MODELS = MappingProxyType({'paper': 'google/vit-base-patch32-384', 'mini': ''})  # none is shipped
 
-def model_name(kind: str,  # 'vilt' or 'marian'
+def model_name(kind: str,  # 'vilt', 'vit' or 'marian'
                name: str,  # 'profile' for the profile's own
                profile: str  # 'mini' or 'paper'
               ) -> str:
     "What a notebook's parameter means."
-    return {'vilt': VILT_MODELS, 'marian': TRANSLATORS}[kind][profile] if name == 'profile' else name
+    models = {'vilt': VILT_MODELS, 'vit': VIT_MODELS, 'marian': TRANSLATORS}
+    return models[kind][profile] if name == 'profile' else name
 
 def is_hub_name(name: str  # of a model
                ) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import anyio, httpcore, httpx
 import pandas as pd
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from tenacity import (AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt,
@@ -265,7 +266,7 @@ def verified(path: Path,  # what came
         if whole: raise Dropped('damaged', str(error) or type(error).__name__) from error
         raise Dropped('connection', f'cut off after {path.stat().st_size} bytes: {error}') from error
 
-# %% ../../nbs/data/09a_fetch.ipynb #download
+# %% ../../nbs/data/09a_fetch.ipynb #target
 @dataclass
 class Target:
     "One image of the collection."
@@ -273,6 +274,7 @@ class Target:
     folder: Path  # where its file belongs
     stale: str = ''  # unreadable file in its place
 
+# %% ../../nbs/data/09a_fetch.ipynb #download
 @dataclass
 class Download:
     "One URL, and where its image belongs."
@@ -343,18 +345,26 @@ class Host:
         self.good = 0
         self.slots.total_tokens = min(self.per_host, self.slots.total_tokens + 1)
 
-    def hold_back(self, wait: float | None,  # seconds that it asks for
-                  now: float, most: float):  # monotonic clock; seconds that are waited
-        "The host asked for patience."
-        self.not_before = now + min(self.patience if wait is None else wait, most)
-        self.slowed, self.patience, self.good = now, min(2*self.patience, 30.), 0
-        self.slots.total_tokens = max(1, self.slots.total_tokens // 2)
+# %% ../../nbs/data/09a_fetch.ipynb #host-hold-back
+@patch
+def hold_back(self: Host,
+              wait: float | None,  # seconds that it asks for
+              now: float,  # on the monotonic clock
+              most: float):  # seconds that are waited
+    "The host asked for patience."
+    self.not_before = now + min(self.patience if wait is None else wait, most)
+    self.slowed = now
+    self.patience = min(2*self.patience, 30.)
+    self.good = 0
+    self.slots.total_tokens = max(1, self.slots.total_tokens // 2)
 
 # %% ../../nbs/data/09a_fetch.ipynb #host-failed
-def failed(host: Host, error: Dropped,  # that may pass
+def failed(host: Host,  # that was asked
+           error: Dropped,  # that may pass
            began: float,  # when the request was sent
            now: float,  # on the same monotonic clock
-           settings: FetchSettings) -> None:
+           settings: FetchSettings  # what is kept to
+          ) -> None:
     "Note a failure of `host`: hold it back, or leave it alone."
     host.strikes += 1
     asks = error.outcome == 'busy' and (error.status == 429 or error.wait is not None)
@@ -372,7 +382,8 @@ class Connections:
     tls: ssl.SSLContext = field(default_factory=httpx.create_ssl_context)  # verifies names
     idle: list[httpcore.AsyncHTTPConnection] = field(default_factory=list)  # oldest first
 
-    async def take(self, origin: httpcore.Origin) -> httpcore.AsyncHTTPConnection:
+    async def take(self, origin: httpcore.Origin  # scheme, host and port
+                  ) -> httpcore.AsyncHTTPConnection:
         "One of the idle connections, or a new one."
         for n in range(len(self.idle) - 1, -1, -1):
             if self.idle[n].can_handle_request(origin):
@@ -383,19 +394,26 @@ class Connections:
         more = dict(keepalive_expiry=30, network_backend=self.backend)
         return httpcore.AsyncHTTPConnection(origin, self.tls, **more)
 
-    async def give(self, connection: httpcore.AsyncHTTPConnection) -> None:
-        "Keep it where it can serve again."
-        if connection.is_available(): self.idle.append(connection)
-        else: await connection.aclose()
-        if len(self.idle) > self.most: await self.idle.pop(0).aclose()
+# %% ../../nbs/data/09a_fetch.ipynb #connections-give
+@patch
+async def give(self: Connections,
+               connection: httpcore.AsyncHTTPConnection  # that has served
+              ) -> None:
+    "Keep it where it can serve again."
+    if connection.is_available(): self.idle.append(connection)
+    else: await connection.aclose()
+    if len(self.idle) > self.most: await self.idle.pop(0).aclose()
 
-    async def aclose(self):
-        while self.idle: await self.idle.pop().aclose()
+@patch
+async def aclose(self: Connections):
+    "Close them all."
+    while self.idle: await self.idle.pop().aclose()
 
 # %% ../../nbs/data/09a_fetch.ipynb #answer-to
 @asynccontextmanager
 async def answer_to(request: httpcore.Request,  # with its headers
-                    connections: Connections) -> AsyncIterator[httpcore.Response]:
+                    connections: Connections  # where it finds one, and gives it back
+                   ) -> AsyncIterator[httpcore.Response]:
     "Yield the answer of the server while its body can be read."
     connection = await connections.take(request.url.origin)
     try:
@@ -809,6 +827,7 @@ def _alone(root: Path) -> Iterator[None]:
     try: yield
     finally: lock.release()
 
+# %% ../../nbs/data/09a_fetch.ipynb #prepare
 def _prepare(downloads: list[Download]) -> None:
     "Make the folders and clear them of what a killed run left."
     for folder in {target.folder for job in downloads for target in job.targets}:

@@ -47,11 +47,9 @@ def draw_samples(collection: Collection,  # usable articles and images of any se
                  seed: int = 0  # of the first draw; the next has the next number
                 ) -> list[Collection]:  # each with exactly its own images as the pool
     "Training pairs drawn as `sample_pairs` does; raises `InputError` where fewer than two pairs are known."
-    pairs = collection.subset(None, 'train')
-    if pairs.articles.empty: pairs = collection.restrict(collection.articles.assign(split='train'))
-    known = int((pairs.articles.image_id != '').sum())
+    samples = [sample_pairs(collection, n, seed=seed + number) for number in range(draws)]
+    known = len(samples[0].articles)
     if known < 2: raise InputError(f'{collection.name}: {known} usable pairs to draw; at least 2 are needed')
-    samples = [sample_pairs(pairs, n, seed=seed + number) for number in range(draws)]
     return list({tuple(sample.articles.article_id): sample for sample in samples}.values())
 
 # %% ../../nbs/methods/11_clip_sweep.ipynb #places

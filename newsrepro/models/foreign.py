@@ -134,6 +134,7 @@ class TextTower(torch.nn.Module):
         mask = (tokens != self.net.tokenizer.pad_token_id).long()
         return self.net({'input_ids': tokens, 'attention_mask': mask})['sentence_embedding']
 
+# %% ../../nbs/models/04a2_foreign.ipynb #sentence-transformer
 def _sentence_transformer(name: str, path: Path | None, device: str):
     if find_spec('sentence_transformers') is None:
         raise InputError(f'sentence-transformers:{name}: the package is not installed; '

@@ -60,7 +60,7 @@ def contrastive_loss(image: torch.Tensor,  # (n, dim) unit rows
     return image_weight*by_image + (1 - image_weight)*F.cross_entropy(logits.T, targets)
 
 # %% ../../nbs/models/07_train.ipynb #recipe
-ALLOWED = dict(optimiser=('adamw', 'adam'), schedule=('cosine', 'constant'),
+ALLOWED = dict(optimiser=('adamw', 'adam'), schedule=('cosine', 'linear', 'constant'),
                augment=('window', 'crop', 'none'), mean_std=('checkpoint', 'imagenet'),
                keep=('last', 'loss', 'r1'))
 # all other numbers: 0 or more
@@ -100,7 +100,7 @@ class Recipe:
     mixed: bool = False  # towers in bfloat16 where torch deems it safe; weights and loss keep their precision
     seed: int = 0  # of the order of pairs, the augmentation and dropout
     optimiser: str = 'adamw'  # 'adamw' (decay apart from the gradient) or 'adam' (decay within it, as L2)
-    schedule: str = 'cosine'  # after the warm-up: 'cosine' to zero or 'constant'
+    schedule: str = 'cosine'  # after the warm-up: 'cosine' or 'linear' to zero, or 'constant'
     augment: str = 'window'  # 'window' (a square anywhere), 'crop' (random resized crop and mirror) or 'none'
     chunk: int = 0  # pairs a forward pass: less memory, same gradients; 0 = the whole batch
     freeze_norms: bool = False  # batch normalisation keeps its statistics
@@ -163,6 +163,7 @@ def rate_factor(step: int,  # number, counted from 0
     "Factor of the peak rate at `step`, counted from 0."
     if step < recipe.warmup: return (step + 1)/recipe.warmup
     if recipe.schedule == 'constant': return 1.
+    if recipe.schedule == 'linear': return (recipe.steps - step)/max(1, recipe.steps - recipe.warmup)
     return .5*(1 + math.cos(math.pi*(step - recipe.warmup)/max(1, recipe.steps - recipe.warmup)))
 
 def make_optimiser(model: torch.nn.Module,  # an open_clip model

@@ -214,9 +214,9 @@ def _truth_of_folder(
     return _make_truth(pairs, {*c.images.image_id, *c.pairs.image_id})
 
 def read_truth(
-    path: str | Path,  # official truth file, a table of article_id and image_id, or a collection's folder
+    path: str | Path,  # official truth file, a table of article_id and image_id, or a folder
 ) -> Truth:
-    "Right images and the articles' names; InputError names the line of an empty or repeated id, or what lacks"
+    "Right images and the articles' names; InputError names the line of an empty or repeated id"
     return _truth_of_folder(Path(path)) if Path(path).is_dir() else _truth_of_table(read_table(path)[0], path)
 
 # %% ../../nbs/ranking/03_runs.ipynb #ranks-of-file

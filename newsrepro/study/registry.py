@@ -38,12 +38,18 @@ class Notebook:
 # %% ../../nbs/study/06_registry.ipynb #notebook-registry-1
 NOTEBOOKS = (
     Notebook('10_vilt', 'liang2021', 'ViLT, pre-trained and not, every pair scored (Liang & Larson 2021)',
-             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-rerank',
-                     'liang2021-extra-sizes'),
+             tables=('liang2021-table-1', 'liang2021-extra-gain', 'liang2021-extra-recipe',
+                     'liang2021-extra-rerank', 'liang2021-extra-sizes'),
              figures=('liang2021-figure-1', 'liang2021-figure-2', 'liang2021-extra-training',
                       'liang2021-extra-sizes'),
              models=(('checkpoint', 'vilt'), ('start', 'vit'), ('backbone', 'clip'),
-                     ('translator', 'marian'))),
+                     ('translator', 'marian')),
+             free=('score_batch', 'sizes', 'backbone', 'depths', 'example', 'word'),
+             papers_values=(('checkpoint', ('profile', 'dandelin/vilt-b32-mlm-itm',
+                                            'vilt_200k_mlm_itm.ckpt')),
+                            ('start', ('profile', 'google/vit-base-patch32-384')),
+                            ('recipe', ('profile', 'original')),
+                            ('precision', ('auto', 'fp16', 'fp32')))),
     Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-shot (Zhang et al. 2022)',
              tables=('zhang2022-table-1', 'zhang2022-table-2', 'zhang2022-table-3',
                      'zhang2022-extra-official-test',
@@ -74,14 +80,20 @@ NOTEBOOKS = (
     Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
              models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'),
-                     ('extra_image', 'encoder'), ('translator', 'marian'))),
+                     ('extra_image', 'encoder'), ('translator', 'marian')),
+             free=('second', 'extra_text', 'extra_image', 'nytimes', 'seeds'),
+             papers_values=(('language', ('profile', 'detected')), ('pretrain', ('profile', 'nytimes')),
+                            ('nytimes_text', ('headline', 'caption')))),
     Notebook('15_dual_softmax', 'galanopoulos2022',
              'Dual softmax and one-to-one matching (Galanopoulos & Mezaris 2022)',
              tables=('galanopoulos2022-table-1a', 'galanopoulos2022-table-1b', 'galanopoulos2022-extra-tests',
                      'galanopoulos2022-extra-pool', 'galanopoulos2022-extra-broken',
                      'galanopoulos2022-extra-fusion'),
              figures=('galanopoulos2022-extra-temperature',), after=('14_txv',),
-             models=(('backbone', 'clip'), ('second', 'clip'), ('translator', 'marian'))),
+             models=(('backbone', 'clip'), ('second', 'clip'), ('translator', 'marian')),
+             free=('second', 'nytimes', 'seeds', 'draws', 'validation_pairs'),
+             papers_values=(('language', ('profile', 'detected')), ('pretrain', ('profile', 'nytimes')),
+                            ('nytimes_text', ('headline', 'caption')))),
 )
 
 # %% ../../nbs/study/06_registry.ipynb #papers
@@ -224,13 +236,13 @@ CORE = ('profile', 'data', 'device', 'seed', 'out_dir', 'weights')
 
 def check_device(device: str  # as given
                 ) -> str:
-    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`; `resolve_device` says whether it is there."
+    "`device` if it is `auto`, `cpu`, `cuda` or `cuda:N`, else `InputError`."
     if re.fullmatch(r'auto|cpu|cuda(:\d+)?', device): return device
     raise InputError(f"device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 def resolve_device(device: str  # as `check_device` allows
                   ) -> str:
-    "The device torch is to use; `auto`: the GPU where there is one. Raises `InputError` where one asked for is absent."
+    "The device torch is to use; `auto`: the GPU where there is one. raises `InputError` where one is absent."
     import torch
     if check_device(device) == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     index = int(device.partition(':')[2] or 0)
@@ -248,7 +260,8 @@ def parameter_departures(notebook: Notebook,  # whose `free` and `papers_values`
                         ) -> tuple[str, ...]:  # such as 'backbone=RN50'
     "Parameters of the method that are not at the paper's value."
     own = [name for name in declared if name not in (*CORE, *FREE, *notebook.free)]
-    stated = {name: allowed for name, allowed in notebook.papers_values if name in declared}  # one of `FREE` too
+    stated = {name: allowed for name, allowed in notebook.papers_values
+              if name in declared}  # one of `FREE` too
     papers = {name: (declared[name].default,) for name in own} | stated
     off = [name for name in declared if name in papers and values[name] not in papers[name]]
     return tuple(f'{name}={values[name]}' for name in off)
@@ -285,7 +298,7 @@ def command_line(notebook: Notebook,  # that is run
                  declared: Mapping[str, Parameter],  # its parameters
                  values: Mapping[str, Any]  # as run
                 ) -> str:
-    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell in any folder."
+    "The `newsrepro reproduce` line that runs `notebook` with `values`, to be pasted into any shell."
     changed = {name: value for name, value in values.items()
                if name != 'out_dir' and value != declared[name].default}
     words = ['newsrepro', 'reproduce', '--only', notebook.name]

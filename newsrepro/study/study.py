@@ -110,7 +110,7 @@ class Sources:
 # %% ../../nbs/study/06a_study.ipynb #open-sources
 def open_sources(s: Settings  # of a notebook with a parameter `translator`
                 ) -> Sources:
-    "Translator and collection, and a line that says what was read; raises `InputError` for what is not there."
+    "Translator and collection, and a line that says what was read; raises `InputError`."
     asked = s.parameters['translator']
     memory = TranslationMemory(cache_dir()/'translations.sqlite')
     translator = find_translator(asked, s.profile, memory, s.weights,
@@ -166,15 +166,16 @@ COLUMNS = ('dataset', 'split', 'run', 'metric', 'value', 'ci_low', 'ci_high', 'n
            'profile', 'data', 'checkpoint', 'seed', 'commit')
 
 def tidy_table(s: Settings, name: str,  # table, e.g. 'zhang2022-table-2'
-               rows: list[dict],  # dataset, split, run, metric, value, ci_low, ci_high, n, checkpoint
+               rows: list[dict],  # dataset, split, run, metric, value, ci_low, ci_high, checkpoint, departs
                collection: Collection,  # that the rows were made from
                comparable: bool  # every setting is the paper's
               ) -> pd.DataFrame:  # `COLUMNS`
-    "Rows stamped with their settings, with the published numbers where comparable; no rows, an empty table."
+    "Rows with their settings and, where comparable and the row does not say `departs`, published numbers."
     table = pd.DataFrame(rows, columns=None if rows else ['dataset', 'split', 'run', 'metric', 'value'])
     reference = published_table(name) if comparable else {}
     table['published'] = [reference.get(key, float('nan'))
                           for key in zip(table.dataset, table.split, table.run, table.metric)]
+    if 'departs' in table: table.loc[table.departs.eq(True), 'published'] = float('nan')
     table['difference'] = table.value - table.published
     stamp = dict(profile=s.profile, data=f'{collection.name}:{collection.fingerprint[:12]}', seed=s.seed,
                  commit=source_commit())
@@ -268,7 +269,7 @@ def write_table(s: Settings,  # of the notebook
                 caption: str,  # one sentence: what is measured, on what
                 departures: Sequence[str] = ()  # from the paper's settings, beyond those of `departures_of`
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv` and `.md`; returns the tidy table. Raises `ValueError` for a table not in the registry."
+    "Write `tables/<name>.csv` and `.md`; returns the tidy table. `ValueError` for a table not in the registry."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
     if isinstance(departures, bool): departures = ()
     departures = [*departures_of(s, collection), *departures]
