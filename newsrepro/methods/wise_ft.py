@@ -29,8 +29,8 @@ from ..core.base import InputError
 from ..core.checkpoints import Backbone
 from ..data.collection import Collection
 from ..data.pictures import open_image
-from .fine_tune import (DecodedPool, fine_tune, hold_out, label, load_pool, pool_pairs,
-                                         reading, search)
+from ..data.splits import hold_out
+from .fine_tune import DecodedPool, fine_tune, label, load_pool, pool_pairs, reading, search
 from ..models.loader import Encoder, tokenizer
 from ..models.train import PUBMEDCLIP, PUBMEDCLIP_CODE, Pairs, Recipe, digest, load_pairs
 from ..ranking.metrics import (holm, measure, paired_interval, paired_randomisation_test,
