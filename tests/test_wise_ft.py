@@ -11,12 +11,11 @@ from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.data.layouts import read_collection
 from newsrepro.methods.fine_tune import DecodedPool, save_fine_tuned
-from newsrepro.methods.wise_ft import (ALPHAS, CHOICES, ENDS, READS, RECIPES, Adapted, against_ends, cases,
-                                       choose_alpha, claim_lines, end_rows, interpolate, part_set,
-                                       rank_changes, read_set, retold, soup, state_of, store_bytes, sweep,
-                                       with_weights)
+from newsrepro.methods.wise_ft import (ALPHAS, CHOICES, CLAIM_VERDICTS, ENDS, READS, RECIPES, Adapted,
+                                       against_ends, cases, choose_alpha, claim_lines, end_rows, interpolate,
+                                       part_set, rank_changes, read_set, retold, soup, state_of, store_bytes,
+                                       sweep, with_weights)
 from newsrepro.ranking.metrics import holm, measure
-from newsrepro.study.verify import VERDICTS
 from newsrepro.models.loader import build_model, load_encoder
 from newsrepro.models.train import PUBMEDCLIP
 from newsrepro.ranking.pool import Pool
@@ -209,9 +208,9 @@ def test_the_claim_is_judged_by_both_ends():
             'end': adapted_of(bad, good, good, 1.)}
     table = pd.DataFrame(end_rows({name: [one]*2 for name, one in runs.items()}, 'test'))
     lines = claim_lines(table, {name: [one.alpha] for name, one in runs.items()})
-    for line, verdict in zip(lines, VERDICTS):
+    for line, verdict in zip(lines, CLAIM_VERDICTS):
         assert f': {verdict} (' in line, line
-    assert lines[-1].endswith(', '.join(f'{verdict} in 1' for verdict in VERDICTS)), lines[-1]
+    assert lines[-1].endswith(', '.join(f'{verdict} in 1' for verdict in CLAIM_VERDICTS)), lines[-1]
     found = table[table.metric == 'p'].value.to_numpy()[:8]
     np.testing.assert_allclose(table[table.metric == 'p (Holm)'].value.to_numpy()[:8], holm(found))
     clear = table.query("run == 'wise_ft - fine_tuned' and dataset == 'clear'")
