@@ -112,7 +112,8 @@ class Bench:
         if self.profile == 'mini': return replace(untaught(mini), untrained=())
         from transformers import ViltConfig
         model = new_vilt(ViltConfig()).to(self.device).eval().requires_grad_(False)
-        return replace(mini, name='vilt-b32', model=model, rule=PictureRule(), untrained=(), mixed=True)
+        return replace(mini, name='vilt-b32', model=model, rule=PictureRule(), untrained=(),
+                       precision=self.half)
 
     def words(self, count: int  # texts
              ) -> list[str]:
@@ -171,9 +172,9 @@ def vilt(bench: Bench) -> dict:
     texts, pool = bench.words(sizes.texts), bench.pictures[:sizes.pool]
     effort = Effort(batch_size=sizes.pairs, workers=os.cpu_count())
     rank_pairs(matcher, texts[:2], pool[:4], 2, effort=effort)  # warms up
-    for name, mixed in (('single', False), ('half', matcher.mixed)):
+    for name, precision in (('single', 'fp32'), ('half', bench.half)):
         began = time.perf_counter()
-        rank_pairs(replace(matcher, mixed=mixed), texts, pool, len(pool), effort=effort)
+        rank_pairs(replace(matcher, precision=precision), texts, pool, len(pool), effort=effort)
         found[f'pairs_end_to_end_{name}'] = len(texts)*len(pool)/(time.perf_counter() - began)
     with torch.inference_mode():
         ids = torch.tensor(matcher.tokens(texts[:1]), device=matcher.model.device)
@@ -198,8 +199,8 @@ def vilt_training(bench: Bench) -> dict:
     "Steps of ViLT's fine-tuning, 32 pairs each."
     n = bench.sizes.news
     pairs = load_news_pairs(bench.matcher, bench.words(n), bench.pictures[:n])
-    recipe = MatchRecipe(4, batch_size=min(32, n), warmup=1, mixed=bench.matcher.mixed)
-    matcher, history = train_matcher(bench.matcher, pairs, recipe, progress=False)
+    recipe = MatchRecipe(4, batch_size=min(32, n), warmup=1)
+    _, history = train_matcher(bench.matcher, pairs, recipe, progress=False)
     seconds = (history[-1]['seconds'] - history[0]['seconds'])/(recipe.steps - 1)  # they count from the start
     return dict(pairs=recipe.batch_size/seconds)
 
@@ -242,10 +243,10 @@ def txv(bench: Bench) -> dict:
     n, draw = bench.sizes.txv, np.random.default_rng(0)
     dim = find_backbone('ViT-H/14', bench.profile).dim
     features = [draw.normal(size=(n, dim)).astype(np.float32) for _ in range(2)]
-    valid = [[feature[:n//10]] for feature in features]
+    pairs, valid = ([[feature[:rows]] for feature in features] for rows in (n, n//10))
     recipe = TxVRecipe(joint=bench.sizes.joint, epochs=3, batch_size=min(196, n//2))
     began = time.perf_counter()
-    train_txv([features[0]], [features[1]], *valid, recipe, device=bench.device)
+    train_txv(pairs, valid, recipe, device=bench.device)
     return dict(pairs=n, seconds_an_epoch=(time.perf_counter() - began)/recipe.epochs)
 
 
