@@ -495,13 +495,18 @@ def test_start_from_an_imagenet_vit(small, tmp_path):
 
 
 class Trap:
-    "Of a library that is not to be imported: whoever unpickles it as it is writes a file."
+    "Whoever unpickles it as it is makes a folder."
     def __init__(self, path): self.path = path
-    def __reduce__(self): return Path.touch, (self.path,)
+    def __reduce__(self): return os.mkdir, (str(self.path),)
 
 
-INVERSE = {'embeddings.position_embeddings': 'pos_embed', 'embeddings.cls_token': 'cls_token',
-           'embeddings.patch_embeddings.projection': 'patch_embed.proj', 'encoder.layer': 'blocks',
+class Callback:
+    "Of a library that is not to be imported."
+    def __init__(self): self.best = .5
+
+
+INVERSE = {'vilt.embeddings.position_embeddings': 'pos_embed', 'vilt.embeddings.cls_token': 'cls_token',
+           'vilt.embeddings.patch_embeddings.projection': 'patch_embed.proj', 'encoder.layer': 'blocks',
            'layernorm_before': 'norm1', 'layernorm_after': 'norm2', 'attention.output.dense': 'attn.proj',
            'intermediate.dense': 'mlp.fc1', 'output.dense': 'mlp.fc2', 'vilt.layernorm.': 'vilt.norm.'}
 
@@ -537,11 +542,10 @@ def test_the_originals_file(tmp_path, cut_off):
     folder = write_vilt(tmp_path/'vilt', **SMALL)
     state = as_published(load_vilt(str(folder)).model.state_dict() | dict(
         ViltForImageAndTextRetrieval.from_pretrained(folder).state_dict()))
-    trap = Trap(tmp_path/'sprung')
-    torch.save(dict(state_dict=state, epoch=3, callbacks={'best': trap}), folder/'vilt_200k.ckpt')
+    torch.save(dict(state_dict=state, epoch=3, callbacks={Callback: Callback()}), folder/'vilt_200k.ckpt')
     matcher, paths = load_vilt('vilt_200k.ckpt', folder), write_pictures(tmp_path/'pictures', SHAPES)
     assert (matcher.untrained, matcher.name, len(matcher.fingerprint)) == ((), 'vilt_200k', 64)
-    assert not (tmp_path/'sprung').exists() and not matcher.model.tied
+    assert not matcher.model.tied
     lengths = matcher.model.config.max_position_embeddings
     expected = scored_by_transformers(folder, SENTENCES, paths, lengths)
     np.testing.assert_allclose(in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=4)), expected, atol=2e-5)
@@ -554,6 +558,9 @@ def test_the_originals_file(tmp_path, cut_off):
     torch.testing.assert_close(matcher.model.mlm_score(hidden), logits, atol=1e-5, rtol=0)
     again = load_vilt(str(save_vilt(tmp_path/'again', matcher)))
     torch.testing.assert_close(again.model.mlm_score(hidden), logits, atol=1e-5, rtol=0)
+    torch.save(dict(state_dict=state, callbacks=Trap(tmp_path/'sprung')), folder/'trap.ckpt')
+    with pytest.raises(InputError, match='trap.ckpt: corrupt or no checkpoint'): load_vilt('trap.ckpt', folder)
+    assert not (tmp_path/'sprung').exists()
     os.truncate(folder/'vilt_200k.ckpt', 3000)
     with pytest.raises(InputError, match='vilt_200k.ckpt: corrupt or no checkpoint'):
         load_vilt('vilt_200k.ckpt', folder)
