@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from newsrepro.core.base import InputError
-from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, holm, marked,
+from newsrepro.methods.dual_softmax import (CORRECTIONS, TEMPERATURES, Case, choose_temperature, marked,
                                             named, with_distractors, without_images)
-from newsrepro.ranking.metrics import rank_of_truth
+from newsrepro.ranking.metrics import holm, rank_of_truth
 from newsrepro.ranking.one_to_one import best_columns, dual_softmax, hubness, query_bank_norm, sinkhorn
 from newsrepro.ranking.pool import Pool, column_ranks, ranks_by_score, scored_lists
 

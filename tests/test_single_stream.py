@@ -11,7 +11,6 @@ import time
 import weakref
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest

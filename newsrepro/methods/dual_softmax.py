@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'CORRECTIONS', 'TEMPERED', 'TEMPERATURES', 'marked', 'Case', 'mean_quality', 'choose_temperature',
-           'with_distractors', 'without_images', 'holm', 'named']
+           'with_distractors', 'without_images', 'named']
 
 # %% ../../nbs/methods/15_dual_softmax.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -105,16 +105,6 @@ def without_images(case: Case,  # whose pool is thinned
     truth = {article: image for article, image in case.pool.truth.items() if image not in gone}
     pool = Pool(case.pool.articles, [case.pool.images[i] for i in stays], case.pool.order[stays], truth)
     return Case(pool, case.scores[:, stays], case.bank[:, stays])
-
-# %% ../../nbs/methods/15_dual_softmax.ipynb #holm
-def holm(p_values: Sequence[float]  # of tests that are read together
-        ) -> list[float]:  # in their order
-    "p values corrected for their number (Holm 1979)."
-    p, n = np.asarray(p_values, dtype=float), len(p_values)
-    order = np.argsort(p, kind='stable')
-    corrected = np.empty(n)
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(n, 0, -1)), 1)
-    return corrected.tolist()
 
 # %% ../../nbs/methods/15_dual_softmax.ipynb #named
 def named(ci_low: float,  # of a paired difference

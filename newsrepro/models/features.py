@@ -93,7 +93,9 @@ class Features:
         return (_rows(self.texts, articles.dataset, articles.article_id),
                 _rows(self.images, articles.dataset, articles.image_id))
 
-    def pool(self, part: Collection) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def pool(self,
+             part: Collection  # one set's articles and images
+            ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         "Matrices of a part's articles and of its pool of images."
         return (_rows(self.texts, part.articles.dataset, part.articles.article_id),
                 _rows(self.images, part.images.dataset, part.images.image_id))

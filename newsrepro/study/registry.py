@@ -29,11 +29,9 @@ class Notebook:
     tables: tuple[str, ...]  # tables it writes, without ending
     figures: tuple[str, ...] = ()  # figures it writes, without ending
     after: tuple[str, ...] = ()  # notebooks whose results it reads
-    # parameters that name models, each with the kind: clip, vilt, vit, marian or encoder
-    models: tuple[tuple[str, str], ...] = ()
+    models: tuple[tuple[str, str], ...] = ()  # (parameter, kind): clip, vilt, vit, marian or encoder
     free: tuple[str, ...] = ()  # parameters that change no number of a published table
-    # parameters whose default is not the paper's only value, each with those that are
-    papers_values: tuple[tuple[str, tuple], ...] = ()
+    papers_values: tuple[tuple[str, tuple], ...] = ()  # (parameter, the paper's values), if not the default
 
 # %% ../../nbs/study/06_registry.ipynb #notebook-registry-1
 NOTEBOOKS = (
@@ -73,7 +71,7 @@ NOTEBOOKS = (
                       'fukatsu2022-extra-alpha', 'fukatsu2022-extra-training'),
              models=(('backbone', 'clip'), ('translator', 'marian')),
              free=('seeds', 'layer_decay', 'random_split', 'option_sets', 'examples'),
-             papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 0)),
+             papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 0)), ('batch_size', (0, 64)),
                             ('precision', ('auto', 'fp32', 'fp16')),
                             ('crops', ('recipe', 'whole')), ('epochs', (0., 50.)), ('rate', (0., 1e-5)),
                             ('translator', ('profile', 'Helsinki-NLP/opus-mt-de-en')))),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL_TEST_SIZES', 'COLUMNS', 'COUNTS', 'Settings', 'settings', 'mini_root', 'resolve_data', 'Sources',
-           'open_sources', 'write_provenance', 'departures_of', 'is_papers', 'tidy_table', 'measure_rows',
-           'markdown_table', 'checkpoints_note', 'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run',
-           'write_figure', 'draw_curve']
+           'open_sources', 'write_provenance', 'departures_of', 'tidy_table', 'measure_rows', 'markdown_table',
+           'checkpoints_note', 'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run', 'write_figure',
+           'draw_curve']
 
 # %% ../../nbs/study/06a_study.ipynb #imports
 import hashlib, json, re, tempfile
@@ -159,8 +159,6 @@ def departures_of(s: Settings,  # of the notebook
         found.append(f'data {collection.name}')
     return found + list(s.departures)
 
-def is_papers(s: Settings, collection: Collection) -> bool: return not departures_of(s, collection)
-
 # %% ../../nbs/study/06a_study.ipynb #tidy
 COLUMNS = ('dataset', 'split', 'run', 'metric', 'value', 'ci_low', 'ci_high', 'n', 'published', 'difference',
            'profile', 'data', 'checkpoint', 'seed', 'commit')
@@ -269,9 +267,8 @@ def write_table(s: Settings,  # of the notebook
                 caption: str,  # one sentence: what is measured, on what
                 departures: Sequence[str] = ()  # from the paper's settings, beyond those of `departures_of`
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv` and `.md`; returns the tidy table. `ValueError` for a table not in the registry."
+    "Write `tables/<name>.csv` and `.md`; returns the tidy table. `ValueError` for one not in the registry."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
-    if isinstance(departures, bool): departures = ()
     departures = [*departures_of(s, collection), *departures]
     table = tidy_table(s, name, rows, collection, not departures)
     if not rows: return table
