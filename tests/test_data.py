@@ -25,7 +25,8 @@ TEXTS, TRUTH = OFFICIAL/'MediaEvalNewsImagesBatch04articles.tsv', OFFICIAL/'cont
 def write(path, rows, encoding='utf-8', delimiter='\t', end='\n'):
     "`rows` is a list of lists, the header first."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w', encoding=encoding, newline='') as f: csv.writer(f, delimiter=delimiter, lineterminator=end).writerows(rows)
+    with path.open('w', encoding=encoding, newline='') as f:
+        csv.writer(f, delimiter=delimiter, lineterminator=end).writerows(rows)
     return path
 
 
@@ -47,9 +48,11 @@ def raises(contains, f, *args):
 texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'))
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(texts, texts)), st.sampled_from('\t,;'), st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16']))
+@given(st.lists(st.tuples(texts, texts)), st.sampled_from('\t,;'),
+       st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16']))
 def test_a_table_comes_back_as_it_was_written(tmp_path_factory, rows, delimiter, encoding):
-    path = write(tmp_path_factory.mktemp('t')/'t.csv', [['n', 'a', 'b'], *[[i, *row] for i, row in enumerate(rows)]], encoding, delimiter, '\r\n')
+    path = write(tmp_path_factory.mktemp('t')/'t.csv',
+                 [['n', 'a', 'b'], *[[i, *row] for i, row in enumerate(rows)]], encoding, delimiter, '\r\n')
     table, notes = read_table(path)
     assert table[['a', 'b']].values.tolist() == [list(row) for row in rows] and notes == []
 
@@ -61,22 +64,30 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, raw):
     try: read_table(path)
     except InputError as e: assert str(path) in str(e) and '\n' not in str(e)
 
-@pytest.mark.parametrize('end', ['“', '”', '’', '…', '…“', '.“', '!“', '“ –', '“…', '»', '«', '– ', '€', ' €', '°'])
+@pytest.mark.parametrize('end',
+                         ['“', '”', '’', '…', '…“', '.“', '!“', '“ –', '“…', '»', '«', '– ', '€', ' €', '°'])
 def test_good_prose_is_never_altered(end):
     "Umlauts before closing quotes look a little like mojibake."
-    for text in ('Das ist Spa' + o + end for o in 'äöüéèáàâêîôûíóúñçøåæa'): assert repair_mojibake(text) == text
+    for text in ('Das ist Spa' + o + end for o in 'äöüéèáàâêîôûíóúñçøåæa'):
+        assert repair_mojibake(text) == text
 
-@pytest.mark.parametrize('text', ['it’s', '“so”', 'a – b', 'a — b', 'wait…', 'Türkiye', 'naïve résumé', '5 £', '41 °C', 'Cañon', '澳門每日時報'])
-def test_real_mojibake_is_undone(text): assert repair_mojibake(text.encode('utf-8').decode('sloppy-windows-1252')) == text
+@pytest.mark.parametrize('text', ['it’s', '“so”', 'a – b', 'a — b', 'wait…', 'Türkiye', 'naïve résumé', '5 £',
+                                  '41 °C', 'Cañon', '澳門每日時報'])
+def test_real_mojibake_is_undone(text):
+    assert repair_mojibake(text.encode('utf-8').decode('sloppy-windows-1252')) == text
 
 def test_twice_damaged_text_is_repaired_and_counted(tmp_path):
-    table, notes = read_table(write(tmp_path/'a.csv', [['article_id', 'title'], ['1', 'donâ€™t'], ['2', 'FarÃƒÂ³'], ['3', 'fine – “so” it is']], delimiter=','))
-    assert table.title.tolist() == ['don’t', 'Faró', 'fine – “so” it is'] and notes == ["a.csv: mojibake repaired in column 'title' (rows: 2)"]
+    table, notes = read_table(write(tmp_path/'a.csv',
+                                    [['article_id', 'title'], ['1', 'donâ€™t'], ['2', 'FarÃƒÂ³'],
+                                     ['3', 'fine – “so” it is']], delimiter=','))
+    assert table.title.tolist() == ['don’t', 'Faró',
+                                    'fine – “so” it is'] and notes == ["a.csv: mojibake repaired in column 'title' (rows: 2)"]
 
 def test_lines_of_two_encodings(tmp_path):
     (tmp_path/'a.tsv').write_bytes('id\ttext\n1\tgrün\n'.encode() + '2\t„schön“\n'.encode('cp1252'))
     table, notes = read_table(tmp_path/'a.tsv')
-    assert table.text.tolist() == ['grün', '„schön“'] and notes == ['a.tsv: read as Windows-1252, as it is not UTF-8 (lines: 1)']
+    assert table.text.tolist() == ['grün',
+                                   '„schön“'] and notes == ['a.tsv: read as Windows-1252, as it is not UTF-8 (lines: 1)']
 
 def test_blank_rows_short_rows_and_unnamed_columns(tmp_path):
     (tmp_path/'a.tsv').write_text('# article\ttitle\t\r\n1\ta\r\n\t\t\r\n2\tb\t\r\n\r\n', newline='')
@@ -85,8 +96,10 @@ def test_blank_rows_short_rows_and_unnamed_columns(tmp_path):
     assert notes == ['a.tsv: blank rows dropped: 1']
 
 @pytest.mark.parametrize('raw, contains', [
-    (b'a\tb\n1\t\x81\n', ['line 2', '0x81']), (b'a\tb\n1\t2\t3\n', ['line 2', '3 fields']), (b'a\ta\n', ["'a' occurs twice"]),
-    (b'a\tb\n1\t"x\ny\n', ['line 2', 'quote']), (b'\x89PNG\0\0', ['not a text table']), (b'\xff\xfea', ['UTF-16'])])
+    (b'a\tb\n1\t\x81\n', ['line 2', '0x81']), (b'a\tb\n1\t2\t3\n', ['line 2', '3 fields']),
+                                           (b'a\ta\n', ["'a' occurs twice"]),
+    (b'a\tb\n1\t"x\ny\n', ['line 2', 'quote']), (b'\x89PNG\0\0', ['not a text table']),
+                                           (b'\xff\xfea', ['UTF-16'])])
 def test_tables_that_are_refused(tmp_path, raw, contains):
     (tmp_path/'a.tsv').write_bytes(raw)
     raises([str(tmp_path/'a.tsv'), *contains], read_table, tmp_path/'a.tsv')
@@ -99,7 +112,8 @@ def test_files_that_cannot_be_read(tmp_path):
 def nobody():
     "Give up root's right to read everything, for as long as the test lasts."
     if os.geteuid(): return (yield)
-    for name in ('utf-8-sig', 'utf-16', 'cp1252', 'idna'): ''.encode(name)  # loaded now: Python itself may lie where nobody may read
+    for name in ('utf-8-sig', 'utf-16', 'cp1252', 'idna'):
+        ''.encode(name)  # loaded now: Python itself may lie where nobody may read
     os.seteuid(65534)
     try: yield
     finally: os.seteuid(0)
@@ -121,7 +135,8 @@ def test_without_permission(closed, what, request):
     raises([f'{place}: cannot be read: Permission denied'], read_collection, closed.parent)
 
 def test_parquet(tmp_path):
-    pd.DataFrame(dict(article_id=[1, 2], title=['a', None], image_id=[7, None], date=pd.to_datetime(['2022-04-03 10:00', None]))).to_parquet(tmp_path/'a.parquet')
+    pd.DataFrame(dict(article_id=[1, 2], title=['a', None], image_id=[7, None],
+                      date=pd.to_datetime(['2022-04-03 10:00', None]))).to_parquet(tmp_path/'a.parquet')
     table, _ = read_table(tmp_path/'a.parquet')
     assert table.values.tolist() == [['1', 'a', '7', '2022-04-03 10:00:00'], ['2', '', '', '']]
     (tmp_path/'a.parquet').write_bytes(b'PAR1')
@@ -168,7 +183,8 @@ def test_latin_1_would_not_do():
     equal = {}
     for encoding in ('cp1252', 'latin-1'):
         with TEXTS.open(encoding=encoding, newline='') as f:
-            equal[encoding] = sum(row['text'] == truth[row['url']] for row in csv.DictReader(f, delimiter='\t'))
+            equal[encoding] = sum(row['text'] == truth[row['url']]
+                                  for row in csv.DictReader(f, delimiter='\t'))
     assert equal == {'cp1252': 1915, 'latin-1': 1234}
 
 @official
@@ -177,7 +193,8 @@ def test_check_data_of_the_official_release():
     said = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout)
     assert said['layout'] == 'newsimages2021'
     for split, n in dict(train=7530, test=1915).items():
-        assert (said['splits'][split]['articles'], said['splits'][split]['with_image'], said['splits'][split]['missing_image']) == (n, 0, n)
+        assert (said['splits'][split]['articles'], said['splits'][split]['with_image'],
+                said['splits'][split]['missing_image']) == (n, 0, n)
     assert any('Windows-1252' in o for o in said['problems'])
 
 @official
@@ -201,9 +218,12 @@ LINKED = 'article aid url img iid hashvalue title text imgFile Date'.split()
 
 def official_set(root, name, n=4, text='Körper', en=False):
     "Two training and two test pairs of the set `name`, as 2022 and 2023 lay them out."
-    row = lambda i: [f'a{i}', i, 'u', 'v', f'i{i}', 'h', f'Titel {i}', text, f'i{i}.jpg', f'2022-0{i+1}-01 10:00:00', *[f'title {i}', 'body'] * en]
+    row = lambda i: [f'a{i}', i, 'u', 'v', f'i{i}', 'h', f'Titel {i}', text, f'i{i}.jpg',
+                     f'2022-0{i+1}-01 10:00:00', *[f'title {i}', 'body'] * en]
     columns = LINKED + ['titleEN', 'textEN'] * en
-    def take(file, rows, *names): write(root/name/f'{name}_{file}.tsv', [list(names), *[[dict(zip(columns, row(i)))[c] for c in names] for i in rows]])
+    def take(file, rows, *names):
+        write(root/name/f'{name}_{file}.tsv',
+              [list(names), *[[dict(zip(columns, row(i)))[c] for c in names] for i in rows]])
     take('train', (0, 1), *columns)
     take('test_articles', (2, 3), *[c for c in columns if c not in ('img', 'iid', 'imgFile')])
     take('test_images', (3, 2), 'img', 'iid', 'imgFile')
@@ -219,7 +239,8 @@ def news2022(tmp_path):
 def test_2022(news2022):
     c = read_collection(news2022)
     assert (c.layout, c.datasets, c.name) == ('newsimages2022', ['RSS', 'RT', 'TW'], 'n')
-    assert c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'} and c.subset('RT', 'train').truth == {'a0': 'i0', 'a1': 'i1'}
+    assert c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'} and c.subset('RT',
+                                                                                 'train').truth == {'a0': 'i0', 'a1': 'i1'}
     assert (c.images.status == 'ok').all() and c.articles.date.notna().all()
     assert dict(zip(c.articles.dataset, c.articles.lang)) == dict(RSS='en', RT='de', TW='en')
     raises(['article ids repeat between RSS, RT, TW'], lambda: c.truth)
@@ -279,7 +300,8 @@ def test_official_files_that_are_refused(news2022):
 
 def same_content(one, other):
     "Equal but for what the sets and tables are called."
-    return one.fingerprint == other.fingerprint and {o for o in one.images.status} == {o for o in other.images.status}
+    return one.fingerprint == other.fingerprint and {o for o in one.images.status} == {o
+                                                                                       for o in other.images.status}
 
 def checks_alike(root, expected):
     "`check_data` counts the same as for the plain official folder."
@@ -295,8 +317,10 @@ def tables_into(folder, to):
     to.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob('*.tsv')): shutil.move(path, to)
 
-@pytest.mark.parametrize('names', [('train_images', 'test_images'), ('images/train', 'images/test'), ('TrainImages', 'TestImages'),
-    ('training-img', 'testing-img'), ('{}_train_pictures', '{}_test_pictures'), ('train/images', 'test/images')], ids=lambda o: o[0])
+@pytest.mark.parametrize('names', [('train_images', 'test_images'), ('images/train', 'images/test'),
+                                   ('TrainImages', 'TestImages'),
+    ('training-img', 'testing-img'), ('{}_train_pictures', '{}_test_pictures'),
+                                   ('train/images', 'test/images')], ids=lambda o: o[0])
 def test_a_picture_folder_for_each_part(in_hands, names):
     root, before = in_hands
     for name in ('RSS', 'RT', 'TW'):
@@ -308,10 +332,12 @@ def test_a_picture_folder_for_each_part(in_hands, names):
         (root/name/'all').rmdir()
     c = read_collection(root)
     assert same_content(c, read_collection(before)) and (c.images.status == 'ok').all()
-    assert {(Path(o).parent.name, split) for o, split in zip(c.images.path, c.images.split)}.__len__() in (2, 6)
+    assert {(Path(o).parent.name, split) for o, split in zip(c.images.path, c.images.split)}.__len__() in (2,
+                                                                                                           6)
     checks_alike(root, before)
 
-@pytest.mark.parametrize('name', ['images', 'img', 'imgs', 'Pictures', 'newsimages', 'RT_images', 'photos', 'whatever'])
+@pytest.mark.parametrize('name', ['images', 'img', 'imgs', 'Pictures', 'newsimages', 'RT_images', 'photos',
+                                  'whatever'])
 def test_other_names_of_the_picture_folder(in_hands, name):
     root, before = in_hands
     (root/'RT'/'images').rename(root/'RT'/name)
@@ -349,11 +375,13 @@ def test_an_archive_that_brings_its_own_folder(news2022, plain, tmp_path, layout
     assert read_collection(tmp_path/'unpacked').articles.equals(read_collection(before).articles)
     assert check_data(tmp_path/'unpacked')['splits']['train'] == check_data(before)['splits']['train'] or layout == 'plain'
 
-@pytest.mark.parametrize('name, said', [('TW', 'twitter'), ('TW', 'TWITTER'), ('TW', 'Tweets'), ('RT', 'Reuters'), ('RT', 'rt_de'), ('RSS', 'rss_feeds'),
+@pytest.mark.parametrize('name, said', [('TW', 'twitter'), ('TW', 'TWITTER'), ('TW', 'Tweets'),
+                                        ('RT', 'Reuters'), ('RT', 'rt_de'), ('RSS', 'rss_feeds'),
                                         ('RSS', 'NewsImages22-RSS'), ('TW', 'NewsImages22-TW-v1.1')])
 def test_names_of_sets(in_hands, name, said):
     root, before = in_hands
-    for path in sorted((root/name).glob('*.tsv')): path.rename(path.with_name(path.name.removeprefix(f'{name}_')))
+    for path in sorted((root/name).glob('*.tsv')):
+        path.rename(path.with_name(path.name.removeprefix(f'{name}_')))
     (root/name).rename(root/said)
     assert same_content(read_collection(root), read_collection(before))
 
@@ -361,7 +389,8 @@ def test_names_of_sets(in_hands, name, said):
 def test_names_of_tables(in_hands, form):
     root, before = in_hands
     for name in ('RSS', 'RT', 'TW'):
-        for path in sorted((root/name).glob('*.tsv')): path.rename(path.with_name(form.format(name, path.stem.removeprefix(f'{name}_'))))
+        for path in sorted((root/name).glob('*.tsv')):
+            path.rename(path.with_name(form.format(name, path.stem.removeprefix(f'{name}_'))))
         shutil.move(root/name, root/f'set{name}')
     assert same_content(read_collection(root), read_collection(before))
 
@@ -370,7 +399,8 @@ def test_a_set_given_alone(in_hands):
     for path in sorted((root/'TW').glob('*.tsv')): path.rename(path.with_name(path.name.removeprefix('TW_')))
     (root/'TW').rename(root/'twitter')
     c = read_collection(root/'twitter')
-    assert (c.layout, c.datasets) == ('newsimages2022', ['TW']) and c.fingerprint == read_collection(before).subset('TW').fingerprint
+    assert (c.layout, c.datasets) == ('newsimages2022',
+                                      ['TW']) and c.fingerprint == read_collection(before).subset('TW').fingerprint
 
 def test_what_systems_leave_behind(in_hands):
     root, before = in_hands
@@ -382,7 +412,8 @@ def test_what_systems_leave_behind(in_hands):
             shutil.copy(path, shade)
         (root/name/'images'/'.DS_Store').touch(), (root/name/'images'/'Thumbs.db').touch()
     assert same_content(read_collection(root), read_collection(before))
-    assert all(o['files'] == 5 and o['no_picture'] == 1 for o in check_data(root)['folders'].values())  # Thumbs.db is seen
+    assert all(o['files'] == 5 and o['no_picture'] == 1
+               for o in check_data(root)['folders'].values())  # Thumbs.db is seen
 
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
 def test_byte_order_marks_and_line_ends_of_windows(in_hands, encoding):
@@ -392,14 +423,16 @@ def test_byte_order_marks_and_line_ends_of_windows(in_hands, encoding):
 
 def test_upper_case_extensions(in_hands):
     root, before = in_hands
-    for path in [*root.rglob('*.tsv'), *root.rglob('*.jpg')]: path.rename(path.with_suffix(path.suffix.upper()))
+    for path in [*root.rglob('*.tsv'), *root.rglob('*.jpg')]:
+        path.rename(path.with_suffix(path.suffix.upper()))
     assert same_content(read_collection(root), read_collection(before))
 
 def test_an_article_id_in_both_parts_is_kept_apart(news2022):
     train = news2022/'RT'/'RT_train.tsv'
     train.write_text(train.read_text().replace('a1', 'a2'))  # the test has an a2, too
     c = read_collection(news2022)
-    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'train:a2': 'i1'} and c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'}
+    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'train:a2': 'i1'} and c.subset('RT',
+                                                                                        'test').truth == {'a2': 'i2', 'a3': 'i3'}
     assert len(c.subset('RT').truth) == 4 and c.usable()[1] == {}
     said = 'RT: article ids in training and in test: 1 (a2), kept apart: in training they begin with train:'
     assert said in c.problems and said in check_data(news2022)['problems']
@@ -417,22 +450,28 @@ def test_an_image_id_in_both_parts(news2022, alike):
     if alike: shutil.copy(root/'test_images'/'i2.jpg', root/'train_images')
     else: picture(root/'train_images'/'i2.jpg', 'black')
     c = read_collection(news2022)
-    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'a1': 'i2' if alike else 'train:i2'} and c.usable()[1] == {}
+    assert c.subset('RT', 'train').truth == {'a0': 'i0',
+                                             'a1': 'i2' if alike else 'train:i2'} and c.usable()[1] == {}
     paths = c.subset('RT').images.set_index(['split', 'image_id']).path
-    assert 'train_images' in paths['train', 'i2' if alike else 'train:i2'] and 'test_images' in paths['test', 'i2']
+    assert 'train_images' in paths['train', 'i2' if alike else 'train:i2'] and 'test_images' in paths['test',
+                                                                                                      'i2']
 
 def test_a_plain_table_may_have_an_id_in_both_parts(tmp_path):
-    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id', 'split'], ['1', 'a', 'x', 'train'], ['1', 'b', 'y', 'test']])
+    write(tmp_path/'t.tsv',
+          [['article_id', 'title', 'image_id', 'split'], ['1', 'a', 'x', 'train'], ['1', 'b', 'y', 'test']])
     for folder, name in (('train_images', 'x'), ('test_images', 'y')): picture(tmp_path/folder/f'{name}.jpg')
     c = read_collection(tmp_path)
     assert c.truth == {'train:1': 'x', '1': 'y'} and (c.images.status == 'ok').all()
 
 def test_case_of_file_names(tmp_path):
     "Hashed ids may differ in case alone: then only the exact name is the file of an id."
-    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id', 'imgFile'], *[[i, 'a', o, ''] for i, o in enumerate('aBcCdD')], ['9', 'a', 'z', 'E.JPG']])
-    for name in ('A.jpg', 'b.PNG', 'C.jpg', 'd.jpg', 'D.jpg', 'e.jpg'): picture(tmp_path/'images'/name, 'blue' if name.isupper() else 'red')
+    write(tmp_path/'t.tsv', [['article_id', 'title', 'image_id', 'imgFile'],
+                             *[[i, 'a', o, ''] for i, o in enumerate('aBcCdD')], ['9', 'a', 'z', 'E.JPG']])
+    for name in ('A.jpg', 'b.PNG', 'C.jpg', 'd.jpg', 'D.jpg', 'e.jpg'):
+        picture(tmp_path/'images'/name, 'blue' if name.isupper() else 'red')
     images = read_collection(tmp_path).images.set_index('image_id')
-    assert {i: Path(o).name for i, o in images.path.items()} == dict(a='A.jpg', B='b.PNG', c='', C='C.jpg', d='d.jpg', D='D.jpg', z='e.jpg')
+    assert {i: Path(o).name for i, o in images.path.items()} == dict(a='A.jpg', B='b.PNG', c='', C='C.jpg',
+                                                                     d='d.jpg', D='D.jpg', z='e.jpg')
     assert images.status['c'] == 'missing'
     picture(tmp_path/'images'/'a.png')  # now two files differ in case alone, and one of them is it
     assert Path(read_collection(tmp_path).images.set_index('image_id').path['a']).name == 'a.png'
@@ -446,10 +485,12 @@ def test_half_a_collection_is_refused(tmp_path):
 
 def test_2025(tmp_path):
     rows = [[i, 'u', f'donâ€™t {i}', 'tag;tag', f'I{i}', 'v'] for i in range(1, 9)]
-    write(tmp_path/'newsarticles.csv', [['article_id', 'article_url', 'article_title', 'article_tags', 'image_id', 'image_url'], *rows], 'utf-8-sig', ',')
+    write(tmp_path/'newsarticles.csv', [['article_id', 'article_url', 'article_title', 'article_tags',
+                                         'image_id', 'image_url'], *rows], 'utf-8-sig', ',')
     for i in (1, 2, 3, 4, 5, 7): picture(tmp_path/'newsimages'/f'I{i}.jpg')
     c = read_collection(tmp_path, n_test=2)
-    assert (c.layout, c.datasets, c.subset(split='test').truth) == ('newsimages2025', ['GDELT-P1-2025'], {'5': 'I5', '7': 'I7'})
+    assert (c.layout, c.datasets, c.subset(split='test').truth) == ('newsimages2025', ['GDELT-P1-2025'],
+                                                                    {'5': 'I5', '7': 'I7'})
     assert (c.articles.title[0], c.articles.text[0], c.articles.tags[0]) == ('don’t 1', '', 'tag;tag')
     assert c.usable()[1] == {'articles: image missing': 2, 'images: missing': 2}
     assert len(read_collection(tmp_path).subset(split='test').articles) == 3 # half of six
@@ -460,9 +501,12 @@ def test_2025(tmp_path):
 
 @pytest.fixture
 def plain(tmp_path):
-    names = ['fine', 'other', 'absent', 'half', 'page', 'empty', 'bomb', 'folder', 'link', '../../secret', str(tmp_path/'secret.jpg'), 'loop']
+    names = ['fine', 'other', 'absent', 'half', 'page', 'empty', 'bomb', 'folder', 'link', '../../secret',
+             str(tmp_path/'secret.jpg'), 'loop']
     root = tmp_path/'data'
-    write(root/'news.csv', [['article_id', 'title', 'image_id', 'date'], *[[i, f'title {i}', o, f'2022-01-{i+1:02}'] for i, o in enumerate(names)]], delimiter=',')
+    write(root/'news.csv',
+          [['article_id', 'title', 'image_id', 'date'],
+           *[[i, f'title {i}', o, f'2022-01-{i+1:02}'] for i, o in enumerate(names)]], delimiter=',')
     images = root/'images'
     whole = picture(images/'fine.jpg').read_bytes()
     picture(images/'other.PNG', 'blue')
@@ -479,17 +523,22 @@ def plain(tmp_path):
 def test_every_fault_of_a_picture_is_named_and_counted(plain):
     c = read_collection(plain)
     status = dict(zip(c.images.image_id.map(lambda i: Path(i).stem if '/' not in i else i), c.images.status))
-    assert status == dict(fine='ok', other='ok', absent='missing', half='broken', page='broken', empty='broken', bomb='oversized', folder='broken', link='outside',
+    assert status == dict(fine='ok', other='ok', absent='missing', half='broken', page='broken',
+                          empty='broken', bomb='oversized', folder='broken', link='outside',
         loop='missing') | {'../../secret': 'outside', str(plain.parent/'secret.jpg'): 'outside'}
     rest, dropped = c.usable()
     assert rest.articles.article_id.tolist() == ['0', '1'] and len(rest.truth) == 12
-    assert dropped == {f'{what}{o}': n for what in ('articles: image ', 'images: ') for o, n in dict(broken=4, missing=2, outside=3, oversized=1).items()}
+    assert dropped == {f'{what}{o}': n for what in ('articles: image ', 'images: ')
+                       for o, n in dict(broken=4, missing=2, outside=3, oversized=1).items()}
     splits = check_data(plain)['splits']  # the later one of two usable pictures is the test
     for split, counts in dict(train=[1, 2, 4, 1, 0, 3], test=[1, 0, 0, 0, 0, 0]).items():
-        assert [splits[split][f'{o}_image'] for o in ('with', 'missing', 'broken', 'oversized', 'extreme', 'outside')] == counts
-    for why in ('an empty file: 1 (empty)', 'not a file: 1 (folder)', 'not a picture, or of a format that is not read here: 1 (page)'):
+        assert [splits[split][f'{o}_image']
+                for o in ('with', 'missing', 'broken', 'oversized', 'extreme', 'outside')] == counts
+    for why in ('an empty file: 1 (empty)', 'not a file: 1 (folder)',
+                'not a picture, or of a format that is not read here: 1 (page)'):
         assert f'images broken, why: {why}' in c.problems
-    assert sum(o.startswith('images broken, why: ') and o.endswith(': 1 (half)') for o in c.problems) == 1  # in Pillow's words
+    assert sum(o.startswith('images broken, why: ') and o.endswith(': 1 (half)')
+               for o in c.problems) == 1  # in Pillow's words
     assert open_image(c.images.set_index('image_id').path['other']).getpixel((0, 0)) == (0, 0, 255)
 
 def test_links_to_a_folder_of_pictures_are_fine(plain, tmp_path):
@@ -498,7 +547,8 @@ def test_links_to_a_folder_of_pictures_are_fine(plain, tmp_path):
     assert (read_collection(plain).images.status == 'ok').sum() == 2
 
 @pytest.mark.parametrize('file', ['half.jpg', 'page.jpg', 'bomb.png', 'absent.jpg'])
-def test_open_image_refuses(plain, file): raises([file, 'not a usable picture'], open_image, plain/'images'/file)
+def test_open_image_refuses(plain, file):
+    raises([file, 'not a usable picture'], open_image, plain/'images'/file)
 
 @pytest.mark.parametrize('mode', ['L', 'P', 'CMYK', '1'])
 def test_pictures_of_any_mode(tmp_path, mode):
@@ -516,7 +566,8 @@ def test_plain_columns(tmp_path):
     write(tmp_path/'t.tsv', [['split', 'dataset', 'lang', 'text', 'title', 'article_id', 'image_id', 'date'],
         ['test', 'A', 'fr', 'x', 'a', '1', 'p', '2022-01-01'], ['', '', '', ' ', '', '2', 'p', 'never']])
     c = read_collection(tmp_path)
-    assert c.articles[['split', 'dataset', 'lang']].values.tolist() == [['test', 'A', 'fr'], ['train', 't', '']]
+    assert c.articles[['split', 'dataset', 'lang']].values.tolist() == [['test', 'A', 'fr'],
+                                                                        ['train', 't', '']]
     assert not any('split' in o for o in c.problems)  # the table has its own
     assert 'dates not understood: 1' in c.problems and c.usable()[1]['articles: no text'] == 1
 
@@ -524,7 +575,8 @@ def test_plain_tables_that_are_refused(tmp_path):
     raises(['no known layout', 'found no table'], read_collection, tmp_path)
     raises([str(tmp_path/'absent'), 'no such folder'], read_collection, tmp_path/'absent')
     write(tmp_path/'t.csv', [['id', 'headline']], delimiter=',')
-    raises(['no known layout', 'article_id, title (plain)', 't.csv (id, headline)'], read_collection, tmp_path)
+    raises(['no known layout', 'article_id, title (plain)', 't.csv (id, headline)'], read_collection,
+           tmp_path)
     raises(['t.csv', 'a file; give the folder'], read_collection, tmp_path/'t.csv')
     write(tmp_path/'t.csv', [['article_id', 'title', 'split'], ['1', 'a', 'val']], delimiter=',')
     raises(["t.csv line 2: split is 'val'"], read_collection, tmp_path)
@@ -556,7 +608,8 @@ def test_the_fingerprint_knows_content_and_not_place(plain, tmp_path, change):
 # ---- splits ----
 
 def many(root, name, n):
-    write(root/name/f'{name}_train.tsv', [LINKED, *[[i, i, '', '', f'{i}', '', f'title {i}', 'text', f'{i}.png', f'2022-01-{i%28+1:02}'] for i in range(n)]])
+    write(root/name/f'{name}_train.tsv', [LINKED, *[[i, i, '', '', f'{i}', '', f'title {i}', 'text',
+                                                     f'{i}.png', f'2022-01-{i%28+1:02}'] for i in range(n)]])
     picture(root/name/'images'/'0.png', size=(1, 1))
     for i in range(1, n): shutil.copy(root/name/'images'/'0.png', root/name/'images'/f'{i}.png')
     return root
@@ -568,7 +621,8 @@ def test_sample_has_its_composition_and_exactly_its_images(tmp_path):
     part = sample_pairs(c, 40, seed=1)
     assert part.articles.dataset.value_counts().to_dict() == dict(TW=30, RT=7, RSS=3)
     assert len(part.truth) == 40 and sorted(part.truth.values()) == sorted(part.images.image_id) and part.images.image_id.is_unique
-    assert part.fingerprint == sample_pairs(c, 40, seed=1).fingerprint != sample_pairs(c, 40, seed=2).fingerprint
+    assert part.fingerprint == sample_pairs(c, 40, seed=1).fingerprint != sample_pairs(c, 40,
+                                                                                       seed=2).fingerprint
     small = sample_pairs(c)
     assert 'TW 80' in small.problems[-1] and '2000 were wanted' in small.problems[-1]
     assert 0 < len(small.truth) == sum(small.articles.dataset.value_counts().to_dict().values()) <= 122
@@ -583,12 +637,17 @@ def test_a_sample_is_of_the_training_part(news2022):
     assert set(part.articles.split) == {'test'} and len(part.truth) == 6 and 'no training part' in part.problems[-1]
 
 def test_a_share_of_each_set():
-    sizes = dict(RSS=400, RT=1925, TW=4410)  # training parts of 2022, as Table 1.B of Galanopoulos & Mezaris implies
-    articles = pd.DataFrame([(o, str(i)) for o, n in sizes.items() for i in range(n)], columns=['dataset', 'article_id'])
+    sizes = dict(RSS=400, RT=1925,
+                 TW=4410)  # training parts of 2022, as Table 1.B of Galanopoulos & Mezaris implies
+    articles = pd.DataFrame([(o, str(i)) for o, n in sizes.items() for i in range(n)],
+                            columns=['dataset', 'article_id'])
     learn, held = share_of_each(articles, .8, seed=1)
-    assert held.dataset.value_counts().to_dict() == dict(TW=882, RT=385, RSS=80) and len(learn) + len(held) == len(articles)
+    assert held.dataset.value_counts().to_dict() == dict(TW=882, RT=385,
+                                                         RSS=80) and len(learn) + len(held) == len(articles)
     shuffled = articles.sample(frac=1, random_state=0)
-    assert set(share_of_each(shuffled, .8, seed=1)[1].index) == set(held.index) != set(share_of_each(articles, .8, seed=2)[1].index)
+    assert set(share_of_each(shuffled, .8, seed=1)[1].index) == set(held.index) != set(share_of_each(articles,
+                                                                                                     .8,
+                                                                                                     seed=2)[1].index)
     doubled = articles.set_axis([0]*len(articles))  # whatever the index is
     assert share_of_each(doubled, .8, seed=1)[1].values.tolist() == held.values.tolist()
 
@@ -598,41 +657,51 @@ def test_sample_of_nothing(tmp_path):
     assert len(part.articles) == len(part.images) == 0 and '0 of 0' in part.problems[-1]
 
 @settings(deadline=None)
-@given(st.lists(st.one_of(st.none(), st.integers(1, 5)), min_size=1, max_size=30).filter(any), st.floats(.05, .95))
+@given(st.lists(st.one_of(st.none(), st.integers(1, 5)), min_size=1, max_size=30).filter(any),
+       st.floats(.05, .95))
 def test_chronological_split_holds_out_what_is_newest(days, fraction):
-    articles = pd.DataFrame(dict(article_id=[str(i) for i in range(len(days))], date=pd.to_datetime([d and f'2022-01-0{d}' for d in days])))
+    articles = pd.DataFrame(dict(article_id=[str(i) for i in range(len(days))],
+                                 date=pd.to_datetime([d and f'2022-01-0{d}' for d in days])))
     if 0 < sum(d is None for d in days) > round(fraction * len(days)) < len(days):
         raises(['have no date', 'split at random'], chronological_split, articles, fraction)
         return
     old, new = chronological_split(articles, fraction)
-    assert new.date.notna().all() and sorted([*old.article_id, *new.article_id]) == sorted(articles.article_id) and len(old) == round(fraction * len(days))
+    assert new.date.notna().all() and sorted([*old.article_id,
+                                              *new.article_id]) == sorted(articles.article_id) and len(old) == round(fraction * len(days))
     if old.date.notna().any() and len(new): assert old.date.max() <= new.date.min()
     ties = pd.concat([old, new])
-    assert all(rows.article_id.astype(int).is_monotonic_increasing for _, rows in ties.groupby('date', dropna=False))
+    assert all(rows.article_id.astype(int).is_monotonic_increasing
+               for _, rows in ties.groupby('date', dropna=False))
 
 def test_splits_that_are_refused():
     articles = pd.DataFrame(dict(dataset='A', article_id=['1'], date=pd.to_datetime([None])))
     two = pd.concat([articles]*2)
     raises(['2 of 2 articles have no date'], chronological_split, two, .5)
     for split in (random_split, chronological_split, share_of_each):
-        for fraction in (2, 0, -.1, float('nan')): raises([f'fraction {fraction}: must lie above 0'], split, two, fraction)
+        for fraction in (2, 0, -.1, float('nan')):
+            raises([f'fraction {fraction}: must lie above 0'], split, two, fraction)
     raises(['share 1 to hold out'], hold_out, two, 'random', 1)
     raises(["split 'newest': use chronological or random"], hold_out, two, 'newest')
 
 @pytest.mark.parametrize('split', ['chronological', 'random'])
 @pytest.mark.parametrize('dates', ['all', 'some', 'none'])
 def test_nothing_is_held_out_where_nothing_is_asked_for(split, dates, recwarn):
-    articles = pd.DataFrame(dict(dataset='A', article_id=list('abcd'), date=pd.date_range('2022-01-01', periods=4)))
+    articles = pd.DataFrame(dict(dataset='A', article_id=list('abcd'),
+                                 date=pd.date_range('2022-01-01', periods=4)))
     articles['date'] = articles.date.where(articles.index < dict(all=4, some=2, none=0)[dates])
     learn, held = hold_out(articles, split, 0)
     assert learn.equals(articles) and len(held) == 0 and list(held) == list(articles) and not recwarn.list
 
 def test_missing_dates_are_never_passed_over_in_silence():
-    articles = pd.DataFrame(dict(dataset='A', article_id=list('abcd'), date=pd.to_datetime([None, '2022-02-01', None, '2022-01-01'])))
-    with pytest.warns(UserWarning, match='A: 2 of 4 articles have no date: they count as the oldest'): learn, held = hold_out(articles, share=.5)
+    articles = pd.DataFrame(dict(dataset='A', article_id=list('abcd'),
+                                 date=pd.to_datetime([None, '2022-02-01', None, '2022-01-01'])))
+    with pytest.warns(UserWarning, match='A: 2 of 4 articles have no date: they count as the oldest'):
+        learn, held = hold_out(articles, share=.5)
     assert held.article_id.tolist() == ['d', 'b']
-    with pytest.warns(UserWarning): raises(['2 of 4 articles have no date'], hold_out, articles, 'chronological', .75)
-    with pytest.warns(UserWarning, match='4 of 4 articles have no date: the order of the table stands for time'):
+    with pytest.warns(UserWarning):
+        raises(['2 of 4 articles have no date'], hold_out, articles, 'chronological', .75)
+    with pytest.warns(UserWarning,
+                      match='4 of 4 articles have no date: the order of the table stands for time'):
         assert hold_out(articles.assign(date=pd.NaT), share=.25)[1].article_id.tolist() == ['d']
 
 
@@ -640,6 +709,7 @@ def test_a_parquet_table_whose_text_is_no_utf8_is_refused(tmp_path):
     "pyarrow decodes text when it is looked at, not when it is read; found by fuzzing."
     import pyarrow as pa
     from pyarrow import parquet
-    text = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(b'\0\0\0\0\4\0\0\0\7\0\0\0'), pa.py_buffer(b'RainNo\xcb')])
+    text = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(b'\0\0\0\0\4\0\0\0\7\0\0\0'),
+                                                  pa.py_buffer(b'RainNo\xcb')])
     parquet.write_table(pa.table({'article_id': ['1', '2'], 'title': text}), tmp_path/'a.parquet')
     raises([str(tmp_path/'a.parquet'), 'no UTF-8'], read_table, tmp_path/'a.parquet')

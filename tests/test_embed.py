@@ -214,7 +214,8 @@ def test_batches_that_fit_the_cache_in_every_family():
     for name, largest in (('RN50', 64*112*112*4), ('ViT-B/32', 50*4*768*4)):
         full = replace(encoder, model=build_model(find_backbone(name, 'paper')).eval())
         assert rows_at_once(full, torch.zeros(1, 3, 224, 224), 64) == 26*2**20//largest
-    lite = replace(encoder, model=ImageTower(timm.create_model('tf_efficientnet_lite2', num_classes=0)).eval())
+    lite = replace(encoder,
+                   model=ImageTower(timm.create_model('tf_efficientnet_lite2', num_classes=0)).eval())
     assert rows_at_once(lite, torch.zeros(1, 3, 260, 260), 64) == 4
     assert rows_at_once(lite, torch.zeros(1, 3, 260, 260), 3) == 3
 

@@ -31,11 +31,13 @@ from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_
 from newsrepro.models.train import digest, rate_factor
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
-CHILDREN.set_forkserver_preload(['newsrepro.models.match', 'ot', 'pytest', 'transformers.models.vilt.image_processing_pil_vilt',
+CHILDREN.set_forkserver_preload(['newsrepro.models.match', 'ot', 'pytest',
+                                 'transformers.models.vilt.image_processing_pil_vilt',
                                  'transformers.models.bert.tokenization_bert'])
 PIECES = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'red', 'green', 'blue', 'grey', 'left', 'right',
           '##ish', '##ness', 'a', 'square', 'small']
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=len(PIECES),
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+             vocab_size=len(PIECES),
              image_size=32, patch_size=8, max_position_embeddings=10)
 TEXTS = ['a red square', 'greenishness left', 'small blueish square right a grey square left', 'grey']
 SHAPES = [(60, 40), (32, 32), (30, 70), (64, 50)]
@@ -53,7 +55,8 @@ def fresh(vocabulary, seed=0, spread=0., untrained=HEADS):
     model = new_vilt(ViltConfig(**SIZES), seed).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     for weight in model.parameters(): weight.add_(spread*torch.randn(weight.shape, generator=draw))
-    return Matcher('toy', model, BertWordPieceTokenizer(str(vocabulary), lowercase=True), PictureRule(32, 8), '', vocabulary, untrained)
+    return Matcher('toy', model, BertWordPieceTokenizer(str(vocabulary), lowercase=True), PictureRule(32, 8),
+                   '', vocabulary, untrained)
 
 
 @pytest.fixture(scope='module')
@@ -118,14 +121,17 @@ def test_losses_are_those_of_transformers(vocabulary, paths, tmp_path):
     length = batch['input_ids'].shape[1]
     fill = lambda rows, value: torch.tensor([[*row, *[value]*(length - len(row))] for row in rows])
     assert 3 < sum(piece != IGNORED for row in targets for piece in row)
-    text, picture, keeps = pad_texts(matcher, inputs), pad_pictures(matcher, pairs.pictures), np.array([True, False, False, True])
+    text, picture, keeps = pad_texts(matcher, inputs), pad_pictures(matcher,
+                                                                    pairs.pictures), np.array([True, False,
+                                                                                               False, True])
     with torch.no_grad():
         masked = batch | {'input_ids': fill(inputs, 0), 'labels': fill(targets, IGNORED)}
         theirs = ViltForMaskedLM.from_pretrained(folder).eval()(**masked).loss
         logits = ViltForImageAndTextRetrieval.from_pretrained(folder).eval()(**batch).logits[:, 0]
         torch.testing.assert_close(word_loss(matcher, text, picture, targets), theirs, atol=1e-5, rtol=0)
         ours = matching_loss(matcher, pad_texts(matcher, pairs.ids), picture, keeps)
-    byhand = np.mean([np.log1p(np.exp(-logit if keep else logit)) for logit, keep in zip(logits.double().tolist(), keeps)])
+    byhand = np.mean([np.log1p(np.exp(-logit if keep else logit))
+                      for logit, keep in zip(logits.double().tolist(), keeps)])
     assert ours.item() == pytest.approx(byhand, abs=1e-5)
     nothing = word_loss(matcher, text, picture, [[IGNORED]*len(row) for row in inputs])
     assert nothing.item() == 0
@@ -134,12 +140,14 @@ def test_losses_are_those_of_transformers(vocabulary, paths, tmp_path):
 def test_retrieval_loss_is_a_slow_loop(vocabulary, paths):
     matcher = fresh(vocabulary, spread=.15)
     pairs = load_news_pairs(matcher, TEXTS, paths[:4])
-    texts = [pairs.ids[place] for place in (0, 1, 2, 3, 0, 1)]  # two pictures of three texts, the right one first
+    texts = [pairs.ids[place]
+             for place in (0, 1, 2, 3, 0, 1)]  # two pictures of three texts, the right one first
     loss = retrieval_loss(matcher, pad_texts(matcher, texts), pad_pictures(matcher, pairs.pictures[:2]))
     slow = []
     for place in range(2):
         picture = pad_pictures(matcher, [pairs.pictures[place]])[0]
-        alone = [torch.cat([pad_texts(matcher, [ids])[0], picture], dim=1) for ids in texts[3*place:3*place + 3]]
+        alone = [torch.cat([pad_texts(matcher, [ids])[0], picture], dim=1)
+                 for ids in texts[3*place:3*place + 3]]
         logits = np.array([match_logits(matcher.model, x).item() for x in alone])
         slow.append(-np.log(np.exp(logits[0])/np.exp(logits).sum()))
     assert np.ptp(slow) > 1e-3
@@ -155,15 +163,18 @@ def test_alignment_loss(vocabulary):
     text[1, 4:], picture[1, 4:] = False, False  # words 1-3 and 1-2; patches 6-10 and 6-8
     exact = []
     for place, (words, patches) in enumerate([((1, 4), (6, 11)), ((1, 3), (6, 9))]):
-        cost = 1 - F.normalize(hidden[place, slice(*words)], dim=1) @ F.normalize(hidden[place, slice(*patches)], dim=1).T
+        cost = 1 - F.normalize(hidden[place, slice(*words)],
+                               dim=1) @ F.normalize(hidden[place, slice(*patches)], dim=1).T
         exact.append(ot.emd2([], [], cost.double().numpy()))
-    one = lambda place, right: alignment_loss(*(part[place:place + 1] for part in (hidden, text, picture)), torch.tensor([right])).item()
+    one = lambda place, right: alignment_loss(*(part[place:place + 1] for part in (hidden, text, picture)),
+                                              torch.tensor([right])).item()
     for place in range(2):
         assert one(place, True) == pytest.approx(exact[place], abs=.02)  # fifty steps of a proximal method
         assert one(place, False) == -one(place, True)
     for right in ([True, False], [False, True], [True, True]):
         signed = np.mean([one(place, value) for place, value in enumerate(right)])
-        assert alignment_loss(hidden, text, picture, torch.tensor(right)).item() == pytest.approx(signed, abs=1e-6)
+        assert alignment_loss(hidden, text, picture, torch.tensor(right)).item() == pytest.approx(signed,
+                                                                                                  abs=1e-6)
 
 
 def test_alignment_pulls_right_pairs_together(vocabulary, paths):
@@ -181,7 +192,8 @@ def crossed():
     "Texts that occur with several pictures, pictures with several texts."
     pictures = tuple(torch.full((3, 8, 8), place, dtype=torch.uint8) for place in range(5))
     of = [('a', 0), ('a', 1), ('b', 1), ('c', 2), ('d', 3), ('c', 4), ('e', 0), ('a', 2)]
-    return NewsPairs(tuple((2, ord(text), 3) for text, _ in of), tuple(place for _, place in of), pictures), of
+    return NewsPairs(tuple((2, ord(text), 3) for text, _ in of), tuple(place for _, place in of),
+                     pictures), of
 
 
 def test_a_swap_is_never_right():
@@ -201,7 +213,8 @@ def test_a_swap_is_never_right():
     for row, (text, _) in enumerate(of):
         assert set(seen[row]) == set(range(5)) - owned[text]
         assert max(seen[row].values()) < 1.3*min(seen[row].values())
-    for swap in (0., 1.): assert (draw_pictures(pairs, right, rows, swap, np.random.default_rng(0))[1] == (swap == 0)).all()
+    for swap in (0., 1.):
+        assert (draw_pictures(pairs, right, rows, swap, np.random.default_rng(0))[1] == (swap == 0)).all()
 
 
 def test_a_wrong_text_is_never_right():
@@ -209,13 +222,15 @@ def test_a_wrong_text_is_never_right():
     right, draw = right_pictures(pairs), np.random.default_rng(0)
     for row, (_, place) in enumerate(of):
         found = draw_texts(pairs, right, row, 200, draw)
-        assert set(found) == {pairs.ids[other] for other in range(8) if place not in right[other]} and len(found) == 200
+        assert set(found) == {pairs.ids[other] for other in range(8)
+                              if place not in right[other]} and len(found) == 200
 
 
 def test_duplicates_by_content(vocabulary, paths, tmp_path):
     "A copy of a picture under another name is the same picture, so it is never a swap."
     copy = shutil.copy(paths[0], tmp_path/'copy.png')
-    pairs = load_news_pairs(fresh(vocabulary), ['red', 'a red', 'green', 'Red '], [paths[0], copy, paths[1], paths[2]])
+    pairs = load_news_pairs(fresh(vocabulary), ['red', 'a red', 'green', 'Red '],
+                            [paths[0], copy, paths[1], paths[2]])
     assert pairs.picture_of == (0, 0, 1, 2) and len(pairs.pictures) == 3
     assert right_pictures(pairs) == [{0, 2}, {0}, {1}, {0, 2}]
 
@@ -225,26 +240,32 @@ def test_masks(vocabulary):
     or none."""
     words = fresh(vocabulary).words
     row = fresh(vocabulary).tokens(['greenishness left redish a'])[0]
-    assert [words.id_to_token(piece) for piece in row] == ['[CLS]', 'green', '##ish', '##ness', 'left', 'red', '##ish', 'a', '[SEP]']
+    assert [words.id_to_token(piece) for piece in row] == ['[CLS]', 'green', '##ish', '##ness', 'left', 'red',
+                                                           '##ish', 'a', '[SEP]']
     for whole in (False, True):
         inputs, targets = map(np.array, mask_words([row]*20000, words, .15, whole, np.random.default_rng(0)))
         chosen = targets != IGNORED
-        assert not chosen[:, [0, -1]].any() and (targets[chosen] == np.broadcast_to(row, targets.shape)[chosen]).all()
+        assert not chosen[:, [0, -1]].any() and (targets[chosen]
+                                                 == np.broadcast_to(row, targets.shape)[chosen]).all()
         assert (inputs == row)[~chosen].all()
         np.testing.assert_allclose(chosen[:, 1:-1].mean(0), .15, atol=.01)
         was, now = targets[chosen], inputs[chosen]
-        shares = np.array([(now == 4).mean(), (now == was).mean()]) - .1/len(PIECES)  # a random piece may be these by chance
+        shares = np.array([(now == 4).mean(),
+                           (now == was).mean()]) - .1/len(PIECES)  # a random piece may be these by chance
         np.testing.assert_allclose(shares, [.8, .1], atol=.01)
         others = Counter(now[(now != 4) & (now != was)].tolist())
         assert set(others) == set(range(len(PIECES))) - {4}
-        together = (chosen[:, 1] == chosen[:, 2]) & (chosen[:, 2] == chosen[:, 3]) & (chosen[:, 5] == chosen[:, 6])
+        together = (chosen[:, 1] == chosen[:, 2]) & (chosen[:, 2] == chosen[:, 3]) & (chosen[:, 5]
+                                                                                      == chosen[:, 6])
         assert together.all() if whole else not together.all()
         assert (chosen[:, 3] != chosen[:, 4]).any()
-    assert (np.array(mask_words([row], words, 1., False, np.random.default_rng(0))[1]) != IGNORED).sum() == len(row) - 2
+    assert (np.array(mask_words([row], words, 1., False,
+                                np.random.default_rng(0))[1]) != IGNORED).sum() == len(row) - 2
     assert mask_words([row[:1] + row[-1:]], words, 1., True, np.random.default_rng(0))[1] == [[IGNORED]*2]
 
 
-KILLED = MatchRecipe(60, batch_size=6, rate=3e-3, warmup=5, keep='loss', validate_every=7, whole_words=True, alignment=.1)
+KILLED = MatchRecipe(60, batch_size=6, rate=3e-3, warmup=5, keep='loss', validate_every=7, whole_words=True,
+                     alignment=.1)
 
 
 def killed_child(vocabulary, paths, folder, result, where, at):
@@ -258,7 +279,8 @@ def killed_child(vocabulary, paths, folder, result, where, at):
         if next(calls) < at: return function(*args, **more)
         if where == 'write': args[1].write_bytes(b'half a checkpoint')
         os.kill(os.getpid(), signal.SIGKILL)
-    if where == 'step': plain_step = torch.optim.AdamW.step; torch.optim.AdamW.step = lambda self: dying(plain_step, self)
+    if where == 'step':
+        plain_step = torch.optim.AdamW.step; torch.optim.AdamW.step = lambda self: dying(plain_step, self)
     if where == 'write': plain_save = torch.save; torch.save = lambda *args: dying(plain_save, *args)
     matcher = fresh(vocabulary)
     pairs = load_news_pairs(matcher, [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
@@ -285,9 +307,11 @@ def test_killed_ten_times_ends_as_undisturbed(vocabulary, paths, tmp_path):
     lengths = []
     for life in range(10):
         where = 'write' if life % 3 == 2 else 'step'
-        code, result = run_child(vocabulary, paths, folder, where, int(draw.integers(*((2, 6) if where == 'write' else (2, 10)))))
+        code, result = run_child(vocabulary, paths, folder, where,
+                                 int(draw.integers(*((2, 6) if where == 'write' else (2, 10)))))
         assert (code, result) == (-signal.SIGKILL, None)
-        lengths += [len(torch.load(path, weights_only=True)['history']) for path in folder.glob('checkpoint.pt')]
+        lengths += [len(torch.load(path, weights_only=True)['history'])
+                    for path in folder.glob('checkpoint.pt')]
     assert lengths == sorted(lengths) and len(set(lengths)) > 6 and lengths[-1] < 60, f'each went on from the one before: {lengths}'
     assert run_child(vocabulary, paths, folder) == (0, undisturbed)
     print('steps in the checkpoint after each kill:', lengths)
@@ -297,11 +321,14 @@ def test_best_weights_are_kept(vocabulary, paths):
     """`keep='loss'` ends with the weights of the validation with the least loss, and they are validated to
     it again."""
     pairs = load_news_pairs(fresh(vocabulary), [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
-    recipe = MatchRecipe(24, batch_size=6, rate=2e-2, warmup=2, keep='loss', validate_every=3, schedule='constant')
-    matcher, history = train_matcher(fresh(vocabulary), pairs, recipe, valid=pairs.pick(range(6)), progress=False)
+    recipe = MatchRecipe(24, batch_size=6, rate=2e-2, warmup=2, keep='loss', validate_every=3,
+                         schedule='constant')
+    matcher, history = train_matcher(fresh(vocabulary), pairs, recipe, valid=pairs.pick(range(6)),
+                                     progress=False)
     found = [record['val_loss'] for record in history if 'val_loss' in record]
     assert len(found) == 8 and found[-1] > min(found)
-    assert validate_matching(matcher, pairs.pick(range(6)), recipe)['val_loss'] == pytest.approx(min(found), abs=1e-6)
+    assert validate_matching(matcher, pairs.pick(range(6)), recipe)['val_loss'] == pytest.approx(min(found),
+                                                                                                 abs=1e-6)
 
 
 def test_steps_do_not_depend_on_the_past(vocabulary, paths):
@@ -311,7 +338,8 @@ def test_steps_do_not_depend_on_the_past(vocabulary, paths):
 
     def losses(step, seed=0):
         recipe = MatchRecipe(9, seed=seed, mask=.5)
-        return {name: loss.item() for name, loss in step_loss(matcher, pairs, right_pictures(pairs), [0, 1, 2, 3], recipe, step).items()}
+        return {name: loss.item() for name, loss in step_loss(matcher, pairs, right_pictures(pairs),
+                                                              [0, 1, 2, 3], recipe, step).items()}
     first = losses(3)
     torch.rand(9), np.random.rand(9)
     assert losses(3) == first and losses(4) != first and losses(3, seed=1) != first
@@ -319,13 +347,15 @@ def test_steps_do_not_depend_on_the_past(vocabulary, paths):
 
 def test_which_heads_are_taught(vocabulary, paths):
     pairs = load_news_pairs(fresh(vocabulary), TEXTS, paths[:4])
-    for more, left in ((dict(mask=0.), ('mlm_score',)), (dict(), ()), (dict(mask=0., wrong_texts=2), ('mlm_score',))):
+    for more, left in ((dict(mask=0.), ('mlm_score',)), (dict(), ()),
+                       (dict(mask=0., wrong_texts=2), ('mlm_score',))):
         start = fresh(vocabulary)
         before, head = digest(*start.model.state_dict().values()), start.model.rank_output.weight.clone()
         matcher, history = train_matcher(start, pairs, MatchRecipe(2, batch_size=4, **more), progress=False)
         assert matcher.untrained == left and matcher.fingerprint != before and (matcher.model.rank_output.weight != head).any()
         assert ('words' in history[0]) == (not left) and ('retrieval' in history[0]) == ('wrong_texts' in more)
-        assert not any(weight.requires_grad for weight in matcher.model.parameters()) and not matcher.model.training
+        assert not any(weight.requires_grad
+                       for weight in matcher.model.parameters()) and not matcher.model.training
 
 
 def test_trained_once(vocabulary, paths, tmp_path):
@@ -349,7 +379,8 @@ def test_refusals(vocabulary, paths, tmp_path):
     matcher = fresh(vocabulary)
     pairs, recipe = load_news_pairs(matcher, TEXTS, paths[:4]), MatchRecipe(3, batch_size=4)
     go = lambda *given, **more: train_matcher(fresh(vocabulary), *given, progress=False, **more)
-    crowded = NewsPairs(((2, 5, 3), (2, 6, 3), (2, 6, 3), (2, 7, 3), (2, 7, 3)), (0, 0, 1, 0, 2), pairs.pictures[:3])  # all have the first
+    crowded = NewsPairs(((2, 5, 3), (2, 6, 3), (2, 6, 3), (2, 7, 3), (2, 7, 3)), (0, 0, 1, 0, 2),
+                        pairs.pictures[:3])  # all have the first
     assert len(go(crowded, replace(recipe, steps=1))[1]) == 1
     (tmp_path/'broken.png').write_bytes(paths[0].read_bytes()[:200])
     for message, call in {
@@ -363,17 +394,21 @@ def test_refusals(vocabulary, paths, tmp_path):
         'wrong_texts=2: a picture belongs to all texts': lambda: go(crowded, replace(recipe, wrong_texts=2)),
         '3 texts and 4 pictures': lambda: load_news_pairs(matcher, TEXTS[:3], paths[:4]),
         '0 texts and 0 pictures': lambda: load_news_pairs(matcher, [], []),
-        'broken.png: not a usable picture': lambda: load_news_pairs(matcher, TEXTS[:1], [tmp_path/'broken.png']),
+        'broken.png: not a usable picture': lambda: load_news_pairs(matcher, TEXTS[:1],
+                                                                    [tmp_path/'broken.png']),
     }.items():
         with pytest.raises(InputError, match=message): call()
     go(pairs, recipe, folder=tmp_path/'run')
     for message, call in {
-        r'recipe rate \(there 0\.0001, here 0\.1\)': lambda: go(pairs, replace(recipe, rate=.1), folder=tmp_path/'run'),
+        r'recipe rate \(there 0\.0001, here 0\.1\)': lambda: go(pairs, replace(recipe, rate=.1),
+                                                                folder=tmp_path/'run'),
         'made with another data;': lambda: go(pairs.pick([1, 0, 2, 3]), recipe, folder=tmp_path/'run'),
-        'made with another model;': lambda: train_matcher(fresh(vocabulary, seed=1), pairs, recipe, folder=tmp_path/'run', progress=False),
+        'made with another model;': lambda: train_matcher(fresh(vocabulary, seed=1), pairs, recipe,
+                                                          folder=tmp_path/'run', progress=False),
     }.items():
         with pytest.raises(InputError, match=f'checkpoint.pt: .*{message}'): call()
-    with pytest.raises(FloatingPointError, match='the loss is (nan|inf) at step .*try a lower rate than 1e.30'):
+    with pytest.raises(FloatingPointError,
+                       match='the loss is (nan|inf) at step .*try a lower rate than 1e.30'):
         go(pairs, replace(recipe, steps=9, rate=1e30, warmup=0, clip_norm=0.))
 
 
@@ -396,7 +431,8 @@ def test_accumulated_steps_resume(vocabulary, paths, tmp_path):
     "Dropout, fewer patches, one objective, forward passes of five: stopped in the middle, the same weights."
     pairs = load_news_pairs(fresh(vocabulary), [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
     recipe = recipe_of(ORIGINAL, len(pairs), steps=6, warmup=1, chunk=5, most_patches=3, one_objective=True)
-    go = lambda recipe, folder: train_matcher(fresh(vocabulary), pairs, recipe, folder=folder, save_seconds=0.,
+    go = lambda recipe, folder: train_matcher(fresh(vocabulary), pairs, recipe, folder=folder,
+                                              save_seconds=0.,
                                               progress=False)
     whole, history = go(recipe, None)
     assert all(('words' in record) != ('matching' in record) for record in history)
@@ -417,7 +453,8 @@ def test_no_validation_without_articles(vocabulary, paths):
     "Nothing held out, or an empty part: the curve is of training alone."
     pairs = load_news_pairs(fresh(vocabulary), TEXTS, paths[:4])
     for valid in (None, NewsPairs((), (), ())):
-        _, history = train_matcher(fresh(vocabulary), pairs, MatchRecipe(2, batch_size=4), valid, progress=False)
+        _, history = train_matcher(fresh(vocabulary), pairs, MatchRecipe(2, batch_size=4), valid,
+                                   progress=False)
         assert not any('val_loss' in record for record in history)
 
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import spearmanr
 from tqdm import tqdm
-from transformers import (BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltImageProcessorPil, ViTConfig,
+from transformers import (BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM,
+                          ViltImageProcessorPil, ViTConfig,
                           ViTForImageClassification)
 from transformers.image_utils import ChannelDimension
 from transformers.models.vilt.image_processing_pil_vilt import get_resize_output_image_size
@@ -35,14 +36,17 @@ from newsrepro.models.single_stream import (Effort, Journal, PictureRule, encode
                                             start_from_vit, untaught)
 
 CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for all of them
-CHILDREN.set_forkserver_preload(['newsrepro.models.single_stream', 'newsrepro.ranking.runs', 'hypothesis', 'pytest', 'scipy.stats',
-                                 'transformers.models.vilt.image_processing_pil_vilt', 'transformers.models.bert.tokenization_bert'])
+CHILDREN.set_forkserver_preload(['newsrepro.models.single_stream', 'newsrepro.ranking.runs', 'hypothesis',
+                                 'pytest', 'scipy.stats',
+                                 'transformers.models.vilt.image_processing_pil_vilt',
+                                 'transformers.models.bert.tokenization_bert'])
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 WORDS = ['the', 'river', 'flood', 'bridge', 'new', 'cologne', 'dog', 'minister', 'election', '##ing',
          'rain', '.', ',', '!', '1', '2', 'ß', '東']
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=200,
              image_size=64, patch_size=16, max_position_embeddings=20)
-SENTENCES = ['Flood', 'The new bridge, Cologne!', 'RAIN raining rivers: the minister fled 12 dogs', 'the river floods the new bridge. ' * 9]
+SENTENCES = ['Flood', 'The new bridge, Cologne!', 'RAIN raining rivers: the minister fled 12 dogs',
+             'the river floods the new bridge. ' * 9]
 SHAPES = [(90, 60), (60, 95), (70, 70), (40, 150)]
 
 
@@ -62,7 +66,8 @@ def write_vilt(folder, kind=ViltForImageAndTextRetrieval, as_bin=False, seed=0, 
     config = ViltConfig(**sizes)
     model = kind(config).eval()
     with torch.no_grad():
-        for weight in model.parameters(): weight.add_(torch.randn_like(weight)*(.02 if config.hidden_size == 768 else .1))
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight)*(.02 if config.hidden_size == 768 else .1))
     model.save_pretrained(folder)
     if as_bin:
         (folder/'model.safetensors').unlink()
@@ -117,18 +122,21 @@ def weights_of(c, words=True):
     embeddings = texts + 3*c.patch_size**2*wide + wide + wide + (grid + 1)*wide + 2*wide
     layer = 4*(wide*wide + wide) + 2*wide*c.intermediate_size + c.intermediate_size + wide + 2*2*wide
     network = embeddings + c.num_hidden_layers*layer + 2*wide + wide*wide + wide
-    return network + (wide*wide + wide + 2*wide + c.vocab_size if words else wide + 1)  # the words' matrix is that of the embeddings
+    return network + (wide*wide + wide + 2*wide + c.vocab_size if words
+                      else wide + 1)  # the words' matrix is that of the embeddings
 
 
 def scored_by_transformers(folder, texts, paths, length):
     "One pair at a time, as its documentation has it."
     words, pictures = BertTokenizer.from_pretrained(folder), ViltImageProcessorPil.from_pretrained(folder)
-    model, scores = ViltForImageAndTextRetrieval.from_pretrained(folder).eval(), np.empty((len(texts), len(paths)))
+    model, scores = ViltForImageAndTextRetrieval.from_pretrained(folder).eval(), np.empty((len(texts),
+                                                                                           len(paths)))
     with torch.inference_mode():
         for row, text in enumerate(texts):
             told = words(text, truncation=True, max_length=length, return_tensors='pt')
             for column, path in enumerate(paths):
-                scores[row, column] = model(**told, **pictures(Image.open(path).convert('RGB'), return_tensors='pt')).logits[0, 0]
+                scores[row, column] = model(**told, **pictures(Image.open(path).convert('RGB'),
+                                                               return_tensors='pt')).logits[0, 0]
     return scores
 
 
@@ -138,7 +146,8 @@ def in_order_of_pool(found):
     return np.take_along_axis(scores, places.argsort(1), axis=1)
 
 
-SIZES = {'small': (SMALL, SENTENCES, SHAPES), 'ViLT-B/32': ({}, SENTENCES[1:], [(480, 320), (300, 300), (200, 560)])}
+SIZES = {'small': (SMALL, SENTENCES, SHAPES),
+         'ViLT-B/32': ({}, SENTENCES[1:], [(480, 320), (300, 300), (200, 560)])}
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -147,11 +156,13 @@ def test_scores_are_those_of_transformers(size, tmp_path, cut_off):
     `transformers`."""
     sizes, texts, shapes = SIZES[size]
     snapshot = in_hub(tmp_path/'hub', 'dandelin/vilt-b32-finetuned-coco', as_bin=size == 'small', **sizes)
-    matcher, paths = load_vilt('dandelin/vilt-b32-finetuned-coco', tmp_path/'hub'), write_pictures(tmp_path/'pictures', shapes)
+    matcher, paths = load_vilt('dandelin/vilt-b32-finetuned-coco',
+                               tmp_path/'hub'), write_pictures(tmp_path/'pictures', shapes)
     config = ViltConfig(**sizes)
     assert matcher.untrained == ('mlm_score',) and matcher.name == 'vilt-b32-finetuned-coco'
     assert matcher.rule == PictureRule(config.image_size, config.patch_size)
-    assert sum(p.numel() for name, p in matcher.model.named_parameters() if not name.startswith('mlm')) == weights_of(config, words=False)
+    assert sum(p.numel() for name, p in matcher.model.named_parameters()
+               if not name.startswith('mlm')) == weights_of(config, words=False)
     lengths = [len(row) for row in matcher.tokens(texts)]
     assert len(set(lengths)) == len(texts) and max(lengths) == config.max_position_embeddings
     theirs = scored_by_transformers(snapshot, texts, paths, config.max_position_embeddings)
@@ -168,7 +179,8 @@ def test_checkpoint_without_matching_head(size, tmp_path, cut_off):
     in_hub(tmp_path/'hub', 'dandelin/vilt-b32-mlm-itm', kind=ViltForMaskedLM, **sizes)
     matcher = load_vilt('dandelin/vilt-b32-mlm-itm', tmp_path/'hub')
     assert matcher.untrained == ('rank_output',)
-    assert sum(p.numel() for name, p in matcher.model.named_parameters() if not name.startswith('rank')) == weights_of(ViltConfig(**sizes))
+    assert sum(p.numel() for name, p in matcher.model.named_parameters()
+               if not name.startswith('rank')) == weights_of(ViltConfig(**sizes))
     with pytest.raises(InputError, match='vilt-b32-mlm-itm: the checkpoint has no matching head'):
         rank_pairs(matcher, texts, write_pictures(tmp_path/'pictures', shapes), k=1)
 
@@ -183,12 +195,14 @@ def test_head_of_two_logits(small, tmp_path):
     (folder/'model.safetensors').unlink(); torch.save(state, folder/'pytorch_model.bin')
     found, wanted = (load_vilt(str(place)) for place in (folder, small))
     assert found.untrained == ('mlm_score',)
-    torch.testing.assert_close(found.model.rank_output.weight, wanted.model.rank_output.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.model.rank_output.weight, wanted.model.rank_output.weight, atol=1e-6,
+                               rtol=0)
     torch.testing.assert_close(found.model.rank_output.bias, wanted.model.rank_output.bias, atol=1e-6, rtol=0)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.one_of(st.characters(exclude_categories=['Cs']), st.sampled_from('aeioursdng .,!ÄßéЖ東\u0301\u200b')), max_size=60),
+@given(st.text(st.one_of(st.characters(exclude_categories=['Cs']),
+                         st.sampled_from('aeioursdng .,!ÄßéЖ東\u0301\u200b')), max_size=60),
        st.sampled_from(['', '[SEP]', ' [MASK]ing', '##ing']))
 def test_word_pieces_are_those_of_transformers(small, text, more):
     matcher, words = cached(small)
@@ -205,8 +219,10 @@ def test_size_rule_is_that_of_transformers():
     different = []
     for height in [*range(1, 60), *range(60, 800, 7), 1080, 3000]:
         for width in [*range(1, 60, 3), *range(60, 1500, 11), 1920, 4000]:
-            theirs = get_resize_output_image_size(np.broadcast_to(blank, (height, width, 3)), 384, rule.longer, 32, ChannelDimension.LAST)
-            if rule.size(height, width) != tuple(max(32, side) for side in theirs): different.append((height, width, theirs))
+            theirs = get_resize_output_image_size(np.broadcast_to(blank, (height, width, 3)), 384,
+                                                  rule.longer, 32, ChannelDimension.LAST)
+            if rule.size(height, width) != tuple(max(32, side) for side in theirs):
+                different.append((height, width, theirs))
     assert not different, different[:5]
 
 
@@ -215,16 +231,19 @@ def test_pixels_are_those_of_transformers(tmp_path):
     on white, where theirs would be black."""
     theirs, rule = ViltImageProcessorPil(size={'shortest_edge': 96}, size_divisor=16), PictureRule(96, 16)
     matcher = stream.Matcher('', stream.Vilt(ViltConfig(**SMALL)), None, rule, '', tmp_path)
-    draw, sizes = np.random.default_rng(0), [(200, 100), (33, 57), (96, 96), (97, 95), (31, 300), (500, 90), (20, 19)]
+    draw, sizes = np.random.default_rng(0), [(200, 100), (33, 57), (96, 96), (97, 95), (31, 300), (500, 90),
+                                             (20, 19)]
     for place, (width, height) in enumerate(sizes):
         for mode in ('RGB', 'L', 'RGBA'):
             path = tmp_path/f'{place}-{mode}.png'
-            Image.fromarray(draw.integers(0, 256, (height, width, 4), dtype=np.uint8), 'RGBA').convert(mode).save(path)
+            Image.fromarray(draw.integers(0, 256, (height, width, 4), dtype=np.uint8),
+                            'RGBA').convert(mode).save(path)
             shown = Image.open(path).convert('RGBA')
             shown = Image.alpha_composite(Image.new('RGBA', shown.size, 'white'), shown)
             wanted = theirs(shown.convert('RGB'), return_tensors='pt')
             assert wanted['pixel_mask'].all()
-            torch.testing.assert_close(matcher.picture(load_picture(path, rule)[None]), wanted['pixel_values'], atol=1e-5, rtol=0)
+            torch.testing.assert_close(matcher.picture(load_picture(path, rule)[None]),
+                                       wanted['pixel_values'], atol=1e-5, rtol=0)
 
 
 KILLED = Effort(devices=('cpu',), batch_size=2, chunk=4, workers=1)  # 70 units
@@ -244,7 +263,8 @@ def killed_child(model, work, run, how, at):
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill leaves behind
     log, calls = os.open(work/'log', os.O_WRONLY | os.O_APPEND | os.O_CREAT), iter(range(1, 100000))
     plain_score, plain_add, plain_connect = stream.score_pairs, Journal.add, stream.sqlite3.connect
-    note = lambda kind, scores: os.write(log, f'{kind} {hashlib.sha256(scores.tobytes()).hexdigest()}\n'.encode())
+    note = lambda kind, scores: os.write(log,
+                                         f'{kind} {hashlib.sha256(scores.tobytes()).hexdigest()}\n'.encode())
 
     def dying(*_):
         if how != 'clock' and next(calls) == at: os.kill(os.getpid(), signal.SIGKILL)
@@ -266,7 +286,8 @@ def killed_child(model, work, run, how, at):
         note('kept', scores)
     stream.score_pairs, Journal.add = score, add
     if how == 'statement': stream.sqlite3.connect = connect
-    write_run(run, matched_lists(load_vilt(str(model)), *crowd(work/'pictures'), k=25, folder=work/'journals', effort=KILLED))
+    write_run(run, matched_lists(load_vilt(str(model)), *crowd(work/'pictures'), k=25, folder=work/'journals',
+                                 effort=KILLED))
 
 
 def run_child(model, work, run, how='', at=0, after=0.):
@@ -282,7 +303,8 @@ def run_child(model, work, run, how='', at=0, after=0.):
     return child.exitcode, logged(work)[before:]
 
 
-def logged(work): return [line.split() for line in (work/'log').read_text().splitlines()] if (work/'log').exists() else []
+def logged(work):
+    return [line.split() for line in (work/'log').read_text().splitlines()] if (work/'log').exists() else []
 
 
 def test_killed_ten_times_ends_as_undisturbed(small, tmp_path):
@@ -305,27 +327,32 @@ def test_killed_ten_times_ends_as_undisturbed(small, tmp_path):
         assert not set(kept) & {digest for kind, digest in lines if kind == 'scored'}
         kept += [digest for kind, digest in lines if kind == 'kept']
     assert len(kept) == len(set(kept)) and len(units) - 10 <= len(kept) <= len(units)  # a kill may fall between keeping and noting it
-    assert sum(any(kind == 'kept' for kind, _ in lines) for lines in lives) >= 7, 'each life went on from the one before'
+    assert sum(any(kind == 'kept' for kind, _ in lines)
+               for lines in lives) >= 7, 'each life went on from the one before'
     assert [path.suffix for path in (work/'journals').iterdir()] == ['.sqlite']
     assert len((work/'run.csv').read_text().splitlines()) == 31
-    print('units kept in each life:', [sum(kind == 'kept' for kind, _ in lines) for lines in lives], 'of', len(units))
+    print('units kept in each life:', [sum(kind == 'kept' for kind, _ in lines) for lines in lives], 'of',
+          len(units))
 
 
 def test_finished_search_scores_nothing(small, tmp_path, monkeypatch):
     "From the journal of a finished call come the same lists; another call has another journal."
     matcher, (ids, texts, names, paths) = load_vilt(str(small)), crowd(tmp_path/'pictures')
-    search = lambda matcher, texts, k: matched_lists(matcher, ids, texts, names, paths, k, folder=tmp_path/'journals', effort=KILLED)
+    search = lambda matcher, texts, k: matched_lists(matcher, ids, texts, names, paths, k,
+                                                     folder=tmp_path/'journals', effort=KILLED)
     first = search(matcher, texts, 5)
     monkeypatch.setattr(stream, 'score_pairs', lambda *_: pytest.fail('scored again'))
     assert search(matcher, texts, 5) == first
-    for other in ((matcher, texts, 6), (replace(matcher, precision='bf16'), texts, 5), (matcher, texts[::-1], 5)):
+    for other in ((matcher, texts, 6), (replace(matcher, precision='bf16'), texts, 5),
+                  (matcher, texts[::-1], 5)):
         with pytest.raises(pytest.fail.Exception, match='scored again'): search(*other)
 
 
 def test_damaged_journal(small, tmp_path):
     (tmp_path/'x.sqlite').write_bytes(b'no data base, but long enough to be taken for one' * 40)
     with pytest.raises(InputError, match='x.sqlite: no journal of scores .* delete it'):
-        rank_pairs(load_vilt(str(small)), SENTENCES, write_pictures(tmp_path/'pictures', SHAPES), k=1, journal=tmp_path/'x.sqlite')
+        rank_pairs(load_vilt(str(small)), SENTENCES, write_pictures(tmp_path/'pictures', SHAPES), k=1,
+                   journal=tmp_path/'x.sqlite')
 
 
 def test_only_what_is_wanted(small, tmp_path, monkeypatch):
@@ -335,7 +362,8 @@ def test_only_what_is_wanted(small, tmp_path, monkeypatch):
     wanted = np.stack([np.random.default_rng(row).permutation(16)[:6] for row in range(4)])
     count, plain = [], stream.score_pairs
     monkeypatch.setattr(stream, 'score_pairs', lambda *given: count.append(len(given[1])) or plain(*given))
-    scores, places = rank_pairs(matcher, SENTENCES, paths, k=6, wanted=wanted, effort=Effort(chunk=5, batch_size=4))
+    scores, places = rank_pairs(matcher, SENTENCES, paths, k=6, wanted=wanted,
+                                effort=Effort(chunk=5, batch_size=4))
     assert sum(count) == 24
     for row in range(4):
         assert places[row].tolist() == sorted(wanted[row], key=lambda place: -whole[row, place])
@@ -359,7 +387,8 @@ def test_ties_do_not_depend_on_storage(small, tmp_path, chunk, batch_size):
         found = matched_lists(matcher, ['a', 'b'], SENTENCES[:2], *stored, k=7, effort=effort)
         assert found == {'a': first[:7], 'b': first[:7]}
         proposed = {text: random.Random(text).sample(names, 6) for text in 'ab'}
-        found = matched_lists(matcher, ['a', 'b'], SENTENCES[:2], *stored, k=4, proposed=proposed, effort=effort)
+        found = matched_lists(matcher, ['a', 'b'], SENTENCES[:2], *stored, k=4, proposed=proposed,
+                              effort=effort)
         assert found == {text: sorted(proposed[text], key=first.index)[:4] for text in 'ab'}
 
 
@@ -367,8 +396,10 @@ def test_effort_changes_no_score(small, tmp_path):
     "Batches, chunks and several workers at once: the same up to rounding."
     matcher, paths = load_vilt(str(small)), write_pictures(tmp_path/'pictures', SHAPES*5)
     whole = in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=20))
-    for effort in (Effort(batch_size=1), Effort(chunk=1, batch_size=7), Effort(devices=('cpu',)*3, chunk=6, batch_size=5, workers=3)):
-        np.testing.assert_allclose(in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=20, effort=effort)), whole, atol=1e-5, rtol=0)
+    for effort in (Effort(batch_size=1), Effort(chunk=1, batch_size=7),
+                   Effort(devices=('cpu',)*3, chunk=6, batch_size=5, workers=3)):
+        np.testing.assert_allclose(in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=20,
+                                                               effort=effort)), whole, atol=1e-5, rtol=0)
 
 
 def test_memory_is_bounded(small, tmp_path, monkeypatch):
@@ -384,7 +415,8 @@ def test_memory_is_bounded(small, tmp_path, monkeypatch):
         return tensor
     load, embed = stream.load_picture, stream.embed_pictures
     monkeypatch.setattr(stream, 'load_picture', lambda *given: watch('pictures', load(*given)))
-    monkeypatch.setattr(stream, 'embed_pictures', lambda *given: [watch('patches', patches) for patches in embed(*given)])
+    monkeypatch.setattr(stream, 'embed_pictures',
+                        lambda *given: [watch('patches', patches) for patches in embed(*given)])
     paths = write_pictures(tmp_path/'pictures', SHAPES*20)
     rank_pairs(load_vilt(str(small)), SENTENCES[:1], paths, k=3, effort=Effort(chunk=4, workers=1))
     assert 4 <= most['pictures'] <= 3*4 and most['patches'] <= 2*4, most  # the next chunk is begun while the last one is let go
@@ -397,7 +429,8 @@ def test_int8_and_bfloat16_are_near(small, tmp_path):
     exact, eighth, half = (in_order_of_pool(rank_pairs(kind, SENTENCES, paths, k=24)) for kind in kinds)
     assert (exact != eighth).any() and (exact != half).any() and half.dtype == np.float32
     assert min(spearmanr(exact[row], eighth[row]).statistic for row in range(4)) > .95
-    assert min(spearmanr(exact[row], half[row]).statistic for row in range(4)) > .95 and np.abs(half - exact).max() < .02
+    assert min(spearmanr(exact[row], half[row]).statistic
+               for row in range(4)) > .95 and np.abs(half - exact).max() < .02
     assert quantised(matcher).name.endswith('-int8') and matcher.model.vilt.encoder.layer[0].output.dense.weight.dtype == torch.float32
 
 
@@ -410,18 +443,27 @@ def change_weights(change):
 
 KEY = 'vilt.encoder.layer.1.output.dense.weight'
 DAMAGES = {
-    'NaN': (change_weights(lambda state: state[KEY].view(-1)[3].fill_(float('nan'))), f'pytorch_model.bin: {KEY} holds NaN'),
-    'infinity': (change_weights(lambda state: state['rank_output.bias'].fill_(float('inf'))), 'rank_output.bias holds NaN or infinity'),
+    'NaN': (change_weights(lambda state: state[KEY].view(-1)[3].fill_(float('nan'))),
+            f'pytorch_model.bin: {KEY} holds NaN'),
+    'infinity': (change_weights(lambda state: state['rank_output.bias'].fill_(float('inf'))),
+                 'rank_output.bias holds NaN or infinity'),
     'a gap': (change_weights(lambda state: state.pop(KEY)), f'{KEY} has shape none, config.json makes it'),
-    'half a head': (change_weights(lambda state: state.pop('rank_output.bias')), 'rank_output.bias has shape none'),
-    'a layer more': (change_weights(lambda state: state.update({KEY.replace('1', '7'): torch.ones(2)})), 'layer.7.*makes it none'),
-    'no vocabulary': (lambda folder: (folder/'vocab.txt').unlink(), 'no vocab.txt; the folder of .* holds config.json, vocab.txt and'),
-    'large vocabulary': (lambda folder: (folder/'vocab.txt').write_text(vocabulary(250), encoding='utf-8'), '250 word pieces, .* 200'),
+    'half a head': (change_weights(lambda state: state.pop('rank_output.bias')),
+                    'rank_output.bias has shape none'),
+    'a layer more': (change_weights(lambda state: state.update({KEY.replace('1', '7'): torch.ones(2)})),
+                     'layer.7.*makes it none'),
+    'no vocabulary': (lambda folder: (folder/'vocab.txt').unlink(),
+                      'no vocab.txt; the folder of .* holds config.json, vocab.txt and'),
+    'large vocabulary': (lambda folder: (folder/'vocab.txt').write_text(vocabulary(250), encoding='utf-8'),
+                         '250 word pieces, .* 200'),
     'no config': (lambda folder: (folder/'config.json').unlink(), 'no config.json'),
     'broken config': (lambda folder: (folder/'config.json').write_text('{"a"'), 'config.json: damaged'),
-    'another model': (lambda folder: (folder/'config.json').write_text('{"model_type": "bert"}'), 'a bert model; a ViLT model is wanted'),
-    'no weights': (lambda folder: (folder/'model.safetensors').unlink(), 'no model.safetensors or pytorch_model.bin'),
-    'cut off': (lambda folder: os.truncate(folder/'model.safetensors', 5000), 'model.safetensors: corrupt or no checkpoint'),
+    'another model': (lambda folder: (folder/'config.json').write_text('{"model_type": "bert"}'),
+                      'a bert model; a ViLT model is wanted'),
+    'no weights': (lambda folder: (folder/'model.safetensors').unlink(),
+                   'no model.safetensors or pytorch_model.bin'),
+    'cut off': (lambda folder: os.truncate(folder/'model.safetensors', 5000),
+                'model.safetensors: corrupt or no checkpoint'),
 }
 
 
@@ -441,9 +483,11 @@ def test_refusals(small, tmp_path):
         'k=0': lambda: rank_pairs(matcher, more, paths, k=0),
         'the pool is empty': lambda: rank_pairs(matcher, more, [], k=1),
         'no texts to score': lambda: rank_pairs(matcher, [], paths, k=1),
-        'k=3: the pool holds 2': lambda: rank_pairs(matcher, more, paths, k=3, wanted=np.array([[0, 1], [2, 3]])),
+        'k=3: the pool holds 2': lambda: rank_pairs(matcher, more, paths, k=3,
+                                                    wanted=np.array([[0, 1], [2, 3]])),
         'place 4 of a pool of 4': lambda: rank_pairs(matcher, more, paths, k=1, wanted=np.array([[0], [4]])),
-        'place -1 of a pool of 4': lambda: rank_pairs(matcher, more, paths, k=1, wanted=np.array([[0], [-1]])),
+        'place -1 of a pool of 4': lambda: rank_pairs(matcher, more, paths, k=1,
+                                                      wanted=np.array([[0], [-1]])),
         'one row for each of 2 texts': lambda: rank_pairs(matcher, more, paths, k=1, wanted=np.array([[0]])),
         'batch_size=-1': lambda: rank_pairs(matcher, more, paths, k=1, effort=Effort(batch_size=-1)),
         'chunk=0': lambda: rank_pairs(matcher, more, paths, k=1, effort=Effort(chunk=0)),
@@ -462,7 +506,8 @@ PROPOSALS = {"'b': 0 candidates, 'a' has 2": {'a': ['w', 'x']}, "'a': 0 candidat
 def test_refused_proposals(small, tmp_path, message):
     paths = write_pictures(tmp_path/'pictures', SHAPES)
     with pytest.raises(InputError, match=message):
-        matched_lists(load_vilt(str(small)), ['a', 'b'], SENTENCES[:2], list('wxyz'), paths, proposed=PROPOSALS[message])
+        matched_lists(load_vilt(str(small)), ['a', 'b'], SENTENCES[:2], list('wxyz'), paths,
+                      proposed=PROPOSALS[message])
 
 
 @pytest.mark.parametrize('chunk', [1, 2, 256])
@@ -477,7 +522,8 @@ def test_broken_picture_is_named(small, tmp_path, chunk):
 
 def test_start_from_an_imagenet_vit(small, tmp_path):
     "Layers, patches and positions of `transformers`' own ViT; words and the pooling stay."
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=64, patch_size=16)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+                 image_size=64, patch_size=16)
     vit, matcher = ViTForImageClassification(ViTConfig(**sizes)), load_vilt(str(small))
     vit.save_pretrained(tmp_path/'vit')
     words = matcher.model.vilt.embeddings.text_embeddings.word_embeddings.weight.clone()
@@ -486,11 +532,15 @@ def test_start_from_an_imagenet_vit(small, tmp_path):
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         x = theirs.embeddings(pixels)
-        torch.testing.assert_close(matcher.model.embed_image(pixels) - own.embeddings.token_type_embeddings.weight[1], x, atol=1e-5, rtol=0)
-        torch.testing.assert_close(encode_pairs(matcher.model, x), theirs(pixels).last_hidden_state, atol=1e-5, rtol=0)
+        torch.testing.assert_close(matcher.model.embed_image(pixels)
+                                   - own.embeddings.token_type_embeddings.weight[1], x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(encode_pairs(matcher.model, x), theirs(pixels).last_hidden_state,
+                                   atol=1e-5, rtol=0)
     assert (own.embeddings.text_embeddings.word_embeddings.weight == words).all()
-    ViTForImageClassification(ViTConfig(**sizes | dict(num_hidden_layers=2))).save_pretrained(tmp_path/'shallow')
-    with pytest.raises(InputError, match='encoder.layer.2.* has shape none'): start_from_vit(matcher.model, str(tmp_path/'shallow'))
+    ViTForImageClassification(ViTConfig(**sizes
+                                        | dict(num_hidden_layers=2))).save_pretrained(tmp_path/'shallow')
+    with pytest.raises(InputError, match='encoder.layer.2.* has shape none'):
+        start_from_vit(matcher.model, str(tmp_path/'shallow'))
 
 
 class Trap:
@@ -526,7 +576,8 @@ def as_published(state, seed=0):
     for key, value in state.items():
         if not key.startswith('vilt.'): continue
         for old, new in INVERSE.items(): key = key.replace(old, new)
-        key = key.replace('vilt.embeddings.', '').replace('vilt.pooler', 'pooler').replace('vilt.', 'transformer.')
+        key = key.replace('vilt.embeddings.', '').replace('vilt.pooler', 'pooler').replace('vilt.',
+                                                                                           'transformer.')
         if key in ('pos_embed', 'cls_token') or key.startswith('patch_embed'): key = f'transformer.{key}'
         if '.attention.attention.' in key:
             name, part = key.split('.attention.attention.')
@@ -547,7 +598,8 @@ def test_the_originals_file(tmp_path, cut_off):
     assert not matcher.model.tied
     lengths = matcher.model.config.max_position_embeddings
     expected = scored_by_transformers(folder, SENTENCES, paths, lengths)
-    np.testing.assert_allclose(in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=4)), expected, atol=2e-5)
+    np.testing.assert_allclose(in_order_of_pool(rank_pairs(matcher, SENTENCES, paths, k=4)), expected,
+                               atol=2e-5)
     hidden = torch.randn(5, SMALL['hidden_size'], generator=torch.Generator().manual_seed(1))
     inside = torch.nn.functional.gelu(hidden @ state['mlm_score.transform.dense.weight'].T
                                       + state['mlm_score.transform.dense.bias'])
@@ -558,7 +610,8 @@ def test_the_originals_file(tmp_path, cut_off):
     again = load_vilt(str(save_vilt(tmp_path/'again', matcher)))
     torch.testing.assert_close(again.model.mlm_score(hidden), logits, atol=1e-5, rtol=0)
     torch.save(dict(state_dict=state, callbacks=Trap(tmp_path/'sprung')), folder/'trap.ckpt')
-    with pytest.raises(InputError, match='trap.ckpt: corrupt or no checkpoint'): load_vilt('trap.ckpt', folder)
+    with pytest.raises(InputError, match='trap.ckpt: corrupt or no checkpoint'):
+        load_vilt('trap.ckpt', folder)
     assert not (tmp_path/'sprung').exists()
     os.truncate(folder/'vilt_200k.ckpt', 3000)
     with pytest.raises(InputError, match='vilt_200k.ckpt: corrupt or no checkpoint'):
