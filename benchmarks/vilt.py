@@ -92,7 +92,7 @@ def on_cpu(args, folder: Path) -> None:
     ours = lambda kind: lambda: ranked(kind, texts, paths, effort)
     works = {'ours': ours(matcher), 'encoder': lambda: encoded(matcher, texts, paths, effort),
              'alone': lambda: alone(matcher, texts, paths),
-             'int8': lambda: ranked(eighth, texts, paths, effort), 'bfloat16': ours(replace(matcher, mixed=True))}
+             'int8': lambda: ranked(eighth, texts, paths, effort), 'bfloat16': ours(replace(matcher, precision='bf16'))}
     works = {name: work for name, work in works.items() if name in args.only}
     eighth, seconds, scores = quantised(matcher) if 'int8' in works else None, {name: [] for name in works}, {}
     for repeat in range(args.repeats):
@@ -141,7 +141,7 @@ def on_cuda(args, folder: Path) -> None:
     print(f'| {args.texts} x {args.images} | batch | pairs/s | of one by one | minutes for {POOL} x {POOL} | share of the matrix rate '
           '| largest difference to one by one | Spearman |\n|---|---|---|---|---|---|---|---|')
     for mixed in (True, False):
-        scorer = replace(matcher, mixed=mixed)
+        scorer = replace(matcher, precision='bf16' if mixed else 'fp32')
         close = ranked(scorer, *few, Effort())
         for batch in args.batches:
             effort = Effort(batch_size=batch)
