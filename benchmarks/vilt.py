@@ -1,5 +1,4 @@
-"""Pairs a second of ViLT-B/32 with random weights: our scorer, the bare encoder on ready embeddings,
-`transformers` one by one.
+"""Pairs a second of ViLT-B/32 with random weights: our scorer, the bare encoder on ready embeddings, `transformers` one by one.
 
     python benchmarks/vilt.py                                    # 8 texts x 16 pictures, on the CPU
     python benchmarks/vilt.py --texts 64 --images 64 --repeats 1 --only ours encoder alone     # about an hour on two cores
@@ -62,8 +61,7 @@ def ranked(matcher: Matcher, texts: list[str], paths: list[Path],
 
 @torch.inference_mode()
 def encoded(matcher: Matcher, texts: list[str], paths: list[Path], effort: Effort) -> None:
-    """The twelve layers of `transformers`, whole, over as many pairs of the same lengths in batches as
-    large; nothing else."""
+    "The twelve layers of `transformers`, whole, over as many pairs of the same lengths in batches as large; nothing else."
     device, patches = matcher.model.device, positions(matcher, paths)
     for words in (len(row) for row in matcher.tokens(texts)):
         for length in sorted(set(patches)):
@@ -105,7 +103,7 @@ def on_cpu(args, folder: Path) -> None:
     works = {'ours': ours(matcher), 'encoder': lambda: encoded(matcher, texts, paths, effort),
              'alone': lambda: alone(matcher, texts, paths),
              'int8': lambda: ranked(eighth, texts, paths, effort),
-             'bfloat16': ours(replace(matcher, mixed=True))}
+             'bfloat16': ours(replace(matcher, precision='bf16'))}
     works = {name: work for name, work in works.items() if name in args.only}
     eighth, seconds, scores = quantised(matcher) if 'int8' in works else None, {name: []
                                                                                 for name in works}, {}
@@ -129,8 +127,7 @@ def on_cpu(args, folder: Path) -> None:
 
 
 def operations(words: int, patches: int, config: ViltConfig) -> float:
-    """Multiplications and additions of one pair that ours makes: in the last layer keys and values for
-    all, the rest for one position."""
+    "Multiplications and additions of one pair that ours makes: in the last layer keys and values for all, the rest for one position."
     n, d, wide, whole = words + patches, config.hidden_size, config.intermediate_size, config.num_hidden_layers - 1
     layer = lambda queries: 4*n*d*d + queries*(4*d*d + 4*d*wide + 4*n*d)
     return whole*layer(n) + layer(1)
@@ -157,7 +154,7 @@ def on_cuda(args, folder: Path) -> None:
     print(f'| {args.texts} x {args.images} | batch | pairs/s | of one by one | minutes for {POOL} x {POOL} | share of the matrix rate '
           '| largest difference to one by one | Spearman |\n|---|---|---|---|---|---|---|---|')
     for mixed in (True, False):
-        scorer = replace(matcher, mixed=mixed)
+        scorer = replace(matcher, precision='bf16' if mixed else 'fp32')
         close = ranked(scorer, *few, Effort())
         for batch in args.batches:
             effort = Effort(batch_size=batch)

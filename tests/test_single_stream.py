@@ -604,7 +604,7 @@ def test_the_originals_file(tmp_path, cut_off):
     inside = torch.nn.functional.gelu(hidden @ state['mlm_score.transform.dense.weight'].T
                                       + state['mlm_score.transform.dense.bias'])
     scale, shift = (state[f'mlm_score.transform.LayerNorm.{part}'] for part in ('weight', 'bias'))
-    inside = torch.nn.functional.layer_norm(inside, inside.shape[1:], scale, shift)
+    inside = torch.nn.functional.layer_norm(inside, inside.shape[1:], scale, shift, 1e-12)
     logits = inside @ state['mlm_score.decoder.weight'].T + state['mlm_score.bias']
     torch.testing.assert_close(matcher.model.mlm_score(hidden), logits, atol=1e-5, rtol=0)
     again = load_vilt(str(save_vilt(tmp_path/'again', matcher)))

@@ -1,10 +1,13 @@
 """The notebooks are the source: cleaned, exported, tagged, and the README is theirs too."""
+import ast
 import filecmp
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,63 @@ def test_method_notebook_declares_the_core_parameters(path):
 def test_notebooks_run():
     "The method notebooks are run whole, from nothing, by `test_study`."
     run([BIN/'nbdev_test', '--skip_file_re', '|'.join([r'^[_.]', *METHODS]), '--n_workers', '2'], ROOT)
+
+
+# the house style
+
+def exporting_cells():
+    "Lines of each exporting cell, blank ones and directives not counted."
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            source = ''.join(cell['source'])
+            lines = [line for line in source.splitlines() if line.strip() and not line.startswith('#|')]
+            if re.search(r'^#\|\s*export', source, re.M): yield f'{path.stem} {cell["id"]}', len(lines)
+
+
+def test_exports_are_small():
+    "Nine of ten exporting cells have at most twenty lines."
+    sizes = sorted(size for _, size in exporting_cells())
+    assert sizes[len(sizes)*9//10] <= 20
+
+
+def code_lines():
+    "Every line of code in the notebooks."
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            if cell['cell_type'] == 'code':
+                for line in ''.join(cell['source']).splitlines(): yield f'{path.stem} {cell["id"]}', line
+
+
+def test_no_line_is_longer_than_110():
+    assert [(place, line) for place, line in code_lines() if len(line) > 110] == []
+
+
+def public_parameters(tree: ast.AST):
+    "Parameters of public functions and methods, and fields of public dataclasses, each with its lines."
+    outer = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    inner = [node for kind in outer if isinstance(kind, ast.ClassDef) and kind.name[0] != '_' for node in kind.body]
+    for node in outer + inner:
+        name = getattr(node, 'name', '_')
+        if isinstance(node, ast.FunctionDef) and not name.startswith('_'):
+            arguments = node.args
+            rest = [argument for argument in (arguments.vararg, arguments.kwarg) if argument]
+            for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *rest]:
+                if argument.arg not in ('self', 'cls'): yield f'{name}.{argument.arg}', argument
+        decorators = [ast.unparse(decorator) for decorator in getattr(node, 'decorator_list', ())]
+        if isinstance(node, ast.ClassDef) and name[0] != '_' and any('dataclass' in d for d in decorators):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign): yield f'{name}.{field.target.id}', field
+
+
+# the options of the commands say in their help what they mean
+MODULES = [path for path in sorted((ROOT/'newsrepro').rglob('*.py')) if path.name not in ('_modidx.py', 'cli.py')]
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: f'{path.parent.name}.{path.stem}')
+def test_every_public_parameter_is_commented(path):
+    source = path.read_text(encoding='utf-8')
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    bare = [name for name, node in public_parameters(ast.parse(source))
+            if not commented & set(range(node.lineno, node.end_lineno + 1))]
+    assert bare == []
