@@ -141,13 +141,16 @@ class NewsSet:
     held_out: NewsPairs | None  # to watch training by
     test: Collection  # its test part
     texts: Mapping[str, str]  # test article id -> what is read of it
-    sample: Mapping[str, str]  # article id -> image id, of the articles that are ranked
+    sample: Mapping[str, str]  # article id -> image id ('' = not known), of the articles that are ranked
+
+    @property
+    def known(self) -> bool: return any(self.sample.values())
 
     def scope(self) -> str:
         "What is ranked over what, for captions."
-        drawn = '' if len(self.sample) == len(self.test.truth) else ', drawn by seed'
-        return (f'{len(self.sample)} of {len(self.test.truth)} test articles{drawn}, over the whole pool of '
-                f'{len(self.test.images)}')
+        total = len(self.test.truth) or len(self.test.articles)
+        drawn = '' if len(self.sample) == total else ', drawn by seed'
+        return f'{len(self.sample)} of {total} test articles{drawn}, over the whole pool of {len(self.test.images)}'
 
 # %% ../../nbs/methods/10_vilt.ipynb #held-out
 def training_parts(articles: pd.DataFrame,  # of a training part
@@ -164,17 +167,15 @@ def load_news_set(usable: Collection,  # articles with text and picture
                   share: float,  # of the training part that is kept out; 0 = none
                   ranked: Mapping[str, int]  # `count` of articles, 0 = all; `seed` of their draw
                  ) -> NewsSet:
-    "Training and test part of a set; raises `InputError` where the images of the test part are not known."
+    "Training and test part of a set; where the images of the test articles are not known, all of them ask."
     old = usable.subset(dataset, 'train')
     test = usable.subset(dataset, 'test')
-    if not test.truth:
-        raise InputError(f'{dataset}: the images of the test articles are not known here; a truth file is '
-                         'needed to measure')
+    truth = test.truth or dict.fromkeys(test.articles.article_id, '')
     path_of = dict(zip(old.images.image_id, old.images.path))
     parts = [load_news_pairs(matcher, read(part), [path_of[image] for image in part.image_id])
              for part in training_parts(old.articles, share)]
     texts = dict(zip(test.articles.article_id, read(test.articles)))
-    return NewsSet(parts[0], parts[1] if share else None, test, texts, draw_articles(test.truth, **ranked))
+    return NewsSet(parts[0], parts[1] if share else None, test, texts, draw_articles(truth, **ranked))
 
 # %% ../../nbs/methods/10_vilt.ipynb #bill
 def pairs_to_score(articles: int,  # that are ranked

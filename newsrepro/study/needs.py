@@ -154,7 +154,7 @@ def refuse_missing(
     if not (missing := [model for model in models if model.place == 'missing']): return
     named = '; '.join(f'{model.name} ({model.wanted})' for model in missing)
     problems = ', '.join(dict.fromkeys(model.problem for model in missing))
-    count = 'checkpoint of' if len(missing) == 1 else f'{len(missing)} checkpoints'
+    count = 'checkpoint' if len(missing) == 1 else f'{len(missing)} checkpoints'
     places = ', '.join(map(str, search_places(weights)))
     raise MissingCheckpoint(f'{count} not found: {named}; looked in {places}; {problems}; {REMEDY}')
 

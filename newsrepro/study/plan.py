@@ -416,7 +416,7 @@ def write_plan(
         marker = job.file('done', '')
         marker.parent.mkdir(parents=True, exist_ok=True)
         if job.name in stale:
-            for old in (marker, job.file('failed')): old.unlink(missing_ok=True)
+            for old in (marker, job.file('failed'), job.file('running')): old.unlink(missing_ok=True)
         else: marker.touch()  # later than its settings and the markers before it
     write_json(state/'plan.json', dict(notebooks={job.name: job.after for job in plan}, threads=threads))
     return state

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL_TEST_SIZES', 'COLUMNS', 'COUNTS', 'Settings', 'settings', 'mini_root', 'resolve_data', 'Sources',
-           'open_sources', 'write_provenance', 'departures_of', 'tidy_table', 'measure_rows', 'markdown_table',
-           'checkpoints_note', 'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run', 'write_figure',
-           'draw_curve']
+           'open_sources', 'left_out', 'write_provenance', 'departures_of', 'tidy_table', 'measure_rows',
+           'markdown_table', 'checkpoints_note', 'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run',
+           'write_figure', 'draw_curve']
 
 # %% ../../nbs/study/06a_study.ipynb #imports
 import hashlib, json, re, tempfile
@@ -125,12 +125,25 @@ def open_sources(s: Settings  # of a notebook with a parameter `translator`
     return sources
 
 # %% ../../nbs/study/06a_study.ipynb #write-provenance
+def left_out(s: Settings,  # of the notebook
+             collection: Collection  # as opened
+            ) -> dict[str, str]:  # table or figure -> why it was not made; none where all truth is known
+    "What a notebook could not make because the truth of a test part is not known."
+    test = collection.articles.query("split == 'test'")
+    known = test.groupby('dataset').image_id.agg(lambda ids: (ids != '').any())
+    blind = ', '.join(known.index[~known])
+    if not blind: return {}
+    files = [s.out_dir/'tables'/f'{name}.csv' for name in s.notebook.tables]
+    files += [s.out_dir/'figures'/f'{name}.png' for name in s.notebook.figures]
+    return {path.stem: f'the truth of the test part of {blind} is not known' for path in files if not path.exists()}
+
 def write_provenance(s: Settings,  # of the notebook
                      collection: Collection,  # as opened
                      checkpoints: Mapping[str, str],  # run -> fingerprint of the checkpoint that made it
                      **more  # whatever else the notebook wants recorded, JSON-ready
                     ) -> Path:
     "Write `provenance/<notebook>.json`: settings, data and checkpoints of this execution."
+    more['skipped'] = left_out(s, collection) | dict(more.get('skipped', {}))
     record = dict(notebook=s.notebook.name, profile=s.profile, device=s.device, seed=s.seed,
                   parameters=dict(s.parameters),
                   data=dict(name=collection.name, layout=collection.layout,
