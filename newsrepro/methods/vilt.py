@@ -150,7 +150,8 @@ class NewsSet:
         "What is ranked over what, for captions."
         total = len(self.test.truth) or len(self.test.articles)
         drawn = '' if len(self.sample) == total else ', drawn by seed'
-        return f'{len(self.sample)} of {total} test articles{drawn}, over the whole pool of {len(self.test.images)}'
+        asked = f'{len(self.sample)} of {total} test articles{drawn}'
+        return f'{asked}, over the whole pool of {len(self.test.images)}'
 
 # %% ../../nbs/methods/10_vilt.ipynb #held-out
 def training_parts(articles: pd.DataFrame,  # of a training part

@@ -135,7 +135,8 @@ def left_out(s: Settings,  # of the notebook
     if not blind: return {}
     files = [s.out_dir/'tables'/f'{name}.csv' for name in s.notebook.tables]
     files += [s.out_dir/'figures'/f'{name}.png' for name in s.notebook.figures]
-    return {path.stem: f'the truth of the test part of {blind} is not known' for path in files if not path.exists()}
+    why = f'the truth of the test part of {blind} is not known'
+    return {path.stem: why for path in files if not path.exists()}
 
 def write_provenance(s: Settings,  # of the notebook
                      collection: Collection,  # as opened
