@@ -207,7 +207,7 @@ def test_nothing_held_out():
 
 def test_undated_articles_are_no_silent_order_of_time():
     articles = pd.DataFrame(dict(dataset='RT', article_id=list('abcde'), date=pd.NaT))
-    with pytest.warns(UserWarning, match='RT: no article has a date'): old, new = hold_out(articles)
+    with pytest.warns(UserWarning, match='RT: 5 of 5 articles have no date'): old, new = hold_out(articles)
     assert new.article_id.tolist() == ['e']
 
 

@@ -52,13 +52,16 @@ providers = cache(packages_distributions)
 
 
 @cache
+OWN = {'newsrepro', 'conftest', *(path.stem for path in (ROOT/'benchmarks').glob('*.py'))}
+
+
 def imported(path: Path) -> set[str]:
     "Distributions that a module or notebook imports, wherever the import stands."
     named = set()
     for node in (node for source in sources(path) for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Import): named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level: named.add(node.module)
-    tops = {name.split('.')[0] for name in named} - set(sys.stdlib_module_names) - {'newsrepro', 'conftest'}
+    tops = {name.split('.')[0] for name in named} - set(sys.stdlib_module_names) - OWN
     return {canonical(providers().get(top, [top])[0]) for top in tops}
 
 
