@@ -51,10 +51,10 @@ def sources(path: Path) -> list[str]:
 providers = cache(packages_distributions)
 
 
-@cache
 OWN = {'newsrepro', 'conftest', *(path.stem for path in (ROOT/'benchmarks').glob('*.py'))}
 
 
+@cache
 def imported(path: Path) -> set[str]:
     "Distributions that a module or notebook imports, wherever the import stands."
     named = set()
