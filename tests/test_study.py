@@ -118,7 +118,9 @@ def test_a_folder_in_the_layout_of_2025(tmp_path):
                      '11_clip_sweep.backbones=RN50,ViT-B/32')
     assert done.returncode == 0, done.stdout + done.stderr
     found = rows(out, 'zhang2022-table-2')
-    assert [row['run'] for row in found] == ['RN50', 'ViT-B/32'] and all(row['n'] == '258' for row in found)
+    assert [row['run'] for row in found] == ['RN50', 'ViT-B/32']
+    left = 260 - 2  # half of them are made the test part; the draws are from the other half
+    assert {row['n'] for row in found} == {str(left - left//2)}
     assert all(row['checkpoint'].startswith('mini-') for row in found)
     dropped = json.loads((out/'manifest.json').read_text())['notebooks']['11_clip_sweep']['dropped']
     assert dropped['images: missing'] == 1 and dropped['images: broken'] == 1
