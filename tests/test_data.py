@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 import ftfy  # noqa: F401, registers the codec sloppy-windows-1252
 from PIL import Image
 
+from conftest import OFFICIAL, official
 from newsrepro.core.base import InputError, atomic_path
 from newsrepro.data.layouts import check_data, read_collection
 from newsrepro.data.pictures import open_image
@@ -17,8 +18,6 @@ from newsrepro.data.splits import (ZHANG_SAMPLE, chronological_split, hold_out, 
 from newsrepro.data.tables import parse_dates, read_table, repair_mojibake
 
 pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
-OFFICIAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'newsimages2021'
-official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f'the official 2021 release is not at {OFFICIAL}')
 TEXTS, TRUTH = OFFICIAL/'MediaEvalNewsImagesBatch04articles.tsv', OFFICIAL/'content2019-04-gt.tsv'
 
 

@@ -304,28 +304,40 @@ def test_a_terminal_without_the_marks_ends_no_study(newsrepro, tmp_path):
     assert tables(tmp_path/'report') == {'square.csv': b'value\n49\n', 'double.csv': b'value\n10.0\n'}
 
 
+MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$0" && echo mounted && exec sleep infinity'
+
+
 @pytest.fixture
-def small_disk(tmp_path):
-    "A disk of one megabyte."
-    folder = tmp_path/'disk'
+def on_small_disk(tmp_path, command):
+    """A disk of one megabyte, the command run on it, and the disk as seen from here: in a namespace of its own, where
+    who is not root may mount."""
+    folder, user = tmp_path/'disk', ['--user']*(os.geteuid() != 0)
     folder.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], capture_output=True)
-    if mounted.returncode: pytest.skip('no leave to mount a small disk')
-    yield folder
-    subprocess.run(['umount', '-l', folder], check=True)
+    holder = subprocess.Popen(['unshare', *user, *('--map-root-user' for _ in user), '--mount', 'sh', '-c',
+                               MOUNT, folder],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    enter = ['nsenter', f'--target={holder.pid}', *user, *('--preserve-credentials' for _ in user), '--mount']
+    def run(*arguments):
+        return subprocess.run([*enter, *command(*arguments)], capture_output=True, text=True, timeout=300)
+    try:
+        if holder.stdout.readline() != b'mounted\n':
+            pytest.skip(f'no namespace: {holder.stderr.read().decode()}')
+        yield folder, run, Path(f'/proc/{holder.pid}/root{folder}')
+    finally: holder.kill()
 
 
 @pytest.mark.parametrize('pages', [1, 4, 8])
-def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(newsrepro, small_disk, pages):
+def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(on_small_disk, pages):
     "So many pages of 4 KiB are free: too few for the settings, for the notebook, for the table."
-    filler, out = small_disk/'filler', small_disk/'report'
-    filler.write_bytes(b'x'*(2**20 - 4096*pages))
-    done = newsrepro('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', out)
+    disk, run, seen = on_small_disk
+    (seen/'filler').write_bytes(b'x'*(2**20 - 4096*pages))
+    done = run('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', disk/'report')
     said = done.stdout + done.stderr
     assert done.returncode == 1 and 'Traceback' not in said and 'o space' in said, said
-    filler.unlink()
-    done = newsrepro('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', out)
-    assert done.returncode == 0 and tables(out) == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr
+    (seen/'filler').unlink()
+    done = run('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', disk/'report')
+    assert done.returncode == 0 and tables(seen/'report') == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr
+
 
 
 def test_a_user_without_a_name_and_a_home(newsrepro, tmp_path):

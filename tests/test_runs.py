@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import OFFICIAL, official
 from newsrepro.core.checkpoints import PAPER_BACKBONES
 from newsrepro.cli import run as command
 from newsrepro.core.base import InputError
@@ -20,9 +21,6 @@ from newsrepro.ranking.runs import (compare_files, deobfuscate, evaluate_files, 
 from newsrepro.study.study import run_file
 
 steady = settings(deadline=None, derandomize=True)
-OFFICIAL = Path(__file__).resolve().parents[2] / 'shared/data/newsimages2021'
-official_data = pytest.mark.skipif(not OFFICIAL.is_dir(),
-                                   reason='needs the official NewsImages 2021 release beside the clone, in shared/data')
 
 
 @steady
@@ -133,7 +131,7 @@ def random_run(truth, seed: int, found: float, missing: float, width: int = 100)
     return run
 
 
-@official_data
+@official
 @pytest.mark.parametrize('seed, found, missing, width',
                          [(1, 1, 0, 100), (2, .5, 0, 100), (3, .7, .3, 100), (4, .05, .9, 150)])
 def test_official_release(tmp_path, truth, seed, found, missing, width):
@@ -145,7 +143,7 @@ def test_official_release(tmp_path, truth, seed, found, missing, width):
                                                          OFFICIAL / 'content2019-04-gt.tsv'), abs=1e-12)
 
 
-@official_data
+@official
 def test_official_articles_go_by_any_of_their_names(tmp_path, truth):
     run = random_run(truth, 5, .5, .1)
     url_of = {article: name for name, article in truth.alias.items() if name.startswith('http')}
@@ -159,7 +157,7 @@ def test_official_articles_go_by_any_of_their_names(tmp_path, truth):
                           OFFICIAL) == scores[0]   # the collection's folder is a truth too
 
 
-@official_data
+@official
 def test_official_pool_and_test_articles(truth):
     with (OFFICIAL / 'MediaEvalNewsImagesBatch04articles.tsv').open(encoding='cp1252', newline='') as f:
         public = {r[0] for r in csv.reader(f, delimiter='\t') if r and r[0].isdigit()}
@@ -167,7 +165,7 @@ def test_official_pool_and_test_articles(truth):
     assert {truth.article(a) for a in public} == set(truth.image_of)
 
 
-@official_data
+@official
 def test_official_comparison(tmp_path):
     truth = OFFICIAL / 'content2019-04-gt.tsv'
     good, bad = (random_run(read_truth(truth), 6, found, 0) for found in (.6, .5))
