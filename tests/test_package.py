@@ -1,4 +1,4 @@
-"""The face of the package: a dozen names, each from its own room, none of them loaded before it is asked
+"""The face of the package: the names a user needs, each from its own room, none of them loaded before it is asked
 for."""
 import subprocess
 import sys

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'make_recipe', 'what_is_kept', 'DecodedPool', 'load_pool',
-           'reading', 'pool_pairs', 'part_of_pool', 'pairs_of', 'with_texts', 'embed_pool', 'search',
-           'checkpoint_config', 'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key', 'train_copy',
-           'fine_tune', 'label']
+           'reading', 'pool_pairs', 'part_of_pool', 'embed_pool', 'search', 'checkpoint_config', 'save_fine_tuned',
+           'check_config', 'load_fine_tuned', 'model_key', 'train_copy', 'fine_tune', 'label']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #imports
 import copy, hashlib, json, os
@@ -38,9 +37,8 @@ from ..text.language import english, select
 CHOICES = (
     Choice('models', 'CLIP, ViT-B/32', 'one fine-tuning for each set and text', 'inferred'),
     Choice('pictures', 'resized to 224 x 224, bicubic', "CLIP's own: shorter side, bicubic, centre square",
-           'inferred', 'pressed into a square: MRR +.002, -.005, +.003, all within noise (mini)'),
-    Choice('augmentation', 'none stated', 'none: no random crops, no mirrors', 'inferred',
-           'random windows: test MRR of T1 .000, -.005, -.009 (mini, one training)'),
+           'inferred'),
+    Choice('augmentation', 'none stated', 'none: no random crops, no mirrors', 'inferred'),
     Choice('translation', 'RT into English; by what is not stated', 'OPUS-MT', 'our choice'),
     Choice('T1', 'title, first sentence of each section', 'sections by line or lost line break', 'inferred'),
     Choice('cleaning of news', 'seven steps, by NLTK', 'the same, by libraries with their data', 'deviation'),
@@ -51,7 +49,8 @@ CHOICES = (
     Choice('precision', 'not stated', 'trained in fp32; on a GPU searched in fp16, as published', 'inferred'),
     Choice('validation part', 'not stated', 'newest fifth of training; none by holdout=0', 'our choice'),
     Choice('weights kept', 'not stated', 'lowest validation loss; without validation the last', 'our choice'),
-    Choice('model of Table 1', 'text: pre-trained; caption: tuned', 'both', 'our choice', 'vu2022-table-1'),
+    Choice('model of Table 1', 'pre-trained, by a sentence of the text', 'both', 'our choice',
+           'vu2022-table-1'),
     Choice('MRR of Table 1', 'depth not stated', 'every rank counts', 'inferred', 'see the end'),
 )
 
@@ -69,7 +68,7 @@ def news_texts(articles: pd.DataFrame,  # `title`, `text`, `lang`
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #recipes
 RECIPES = MappingProxyType({
-    'paper': PUBMEDCLIP | dict(epochs=50, image_weight=.5, augment='none'),
+    'paper': PUBMEDCLIP | dict(epochs=50, augment='none'),
     'mini': dict(epochs=3, batch_size=32, rate=8e-4, warmup=5, augment='none', keep='last')})
 
 def make_recipe(preset: Mapping,  # fields of `Recipe`, with `epochs` in place of `steps`
@@ -152,29 +151,6 @@ def part_of_pool(pool: DecodedPool,  # that holds the part's articles and images
     found = DecodedPool(Pool.of_part(part), pool.tokens, pool.pixels[columns],
                         image_ids=tuple(pool.image_ids[column] for column in columns))
     return reading(found, [text[article] for article in part.articles.article_id], backbone)
-
-# %% ../../nbs/methods/12_fine_tune.ipynb #pairs-of
-def pairs_of(part: Collection,  # whose images are looked up
-             articles: pd.DataFrame,  # rows of `part.articles`, each with a known image
-             texts: Sequence[str],  # one an article
-             backbone: Backbone,  # says size and tokenizer
-             room: bool = True,  # pictures an eighth larger than the model's input, for random windows
-             workers: int = 0  # threads that decode; 0 = one a core
-            ) -> Pairs:
-    "The articles with their images, to learn from; raises `InputError` where there is nothing to learn from."
-    sets = ', '.join(part.datasets)
-    if articles.empty: raise InputError(f'{part.name}: no article of {sets} is left to train or validate on')
-    path = dict(zip(part.images.image_id, part.images.path))
-    paths = [path[image] for image in articles.image_id]
-    return load_pairs(backbone, texts, paths, backbone.px*9//8 if room else 0, workers=workers)
-
-# %% ../../nbs/methods/12_fine_tune.ipynb #with-texts
-def with_texts(pairs: Pairs,  # whose pictures stay
-               backbone: Backbone,  # says the tokenizer
-               texts: Sequence[str]  # one a pair
-              ) -> Pairs:
-    "The same pictures with other texts."
-    return replace(pairs, tokens=tokenizer(backbone)(list(texts)), text_ids=tuple(texts))
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #embed-pool
 def embed_pool(encoder: Encoder,  # of the pool's architecture

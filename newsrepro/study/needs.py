@@ -371,7 +371,7 @@ def measured_rates(
     "The rates that were measured on a GPU; raises `InputError` where the file lacks some."
     if not (found := read_json(path)): return None
     own = found.get('gflops_per_second', {})
-    if lacking := [kind for kind in KINDS_OF_WORK if not own.get(kind, 0) > 0]:
+    if lacking := [kind for kind in KINDS_OF_WORK if not (own.get(kind) or 0) > 0]:
         raise InputError(f"{path}: no rate of {', '.join(lacking)}")
     return Rates(found['card'], own)
 

@@ -13,7 +13,7 @@ __all__ = ['LIBRARIES', 'Request', 'closest', 'choose', 'parse_set', 'existing_f
 # %% ../../nbs/study/25_plan.ipynb #imports
 import ast, hashlib, json, os, platform, re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from graphlib import TopologicalSorter
@@ -432,7 +432,11 @@ def read_job(
 def request_from_config(
     config: Mapping[str, Any],  # of Snakemake: options of `newsrepro reproduce`; lists, or words with commas
 ) -> Request:
-    "The request that a workflow's `config` makes. Raises `InputError` for a path that is not a full one."
+    "The request that a workflow's `config` makes. Raises `InputError` for an option or a path that is none."
+    known = [field.name for field in fields(Request)]
+    for name in config:
+        if name not in (*known, 'threads'):
+            raise InputError(f"{name}: no option; there are {', '.join(known)}, threads")
     listed = lambda value: value if isinstance(value, list) else str(value).split(',')
     asked = {name: listed(value) if name in ('data', 'only', 'sets') else str(value)
              for name, value in config.items() if name != 'threads'}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PROFILES', 'CORE', 'VILT', 'CLIP_SWEEP', 'FINE_TUNE', 'WISE_FT', 'TXV', 'DUAL_SOFTMAX', 'NOTEBOOKS',
-           'PAPERS', 'STUDY_TABLES', 'STUDY_FIGURES', 'PAPER_LAYOUT', 'FREE', 'CHOICE_KINDS', 'Notebook', 'Parameter',
-           'parse_parameters', 'notebook_parameters', 'read_numbers', 'check_value', 'check_device', 'resolve_device',
-           'notebook_named', 'published_numbers', 'published_table', 'parameter_departures', 'Choice', 'choices_table',
-           'command_line']
+           'PAPERS', 'STUDY_TABLES', 'STUDY_FIGURES', 'PAPER_LAYOUT', 'COUNTS', 'FREE', 'SAME_WORDS', 'CHOICE_KINDS',
+           'Notebook', 'Parameter', 'parse_parameters', 'notebook_parameters', 'read_numbers', 'check_value',
+           'check_device', 'resolve_device', 'notebook_named', 'published_numbers', 'published_table',
+           'parameter_departures', 'Choice', 'choices_table', 'command_line']
 
 # %% ../../nbs/study/06_registry.ipynb #imports
 import ast, csv, io, json, math, os, re, shlex, tokenize
@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..core.base import PACKAGE, InputError
+from ..core.checkpoints import TRANSLATORS
 
 # %% ../../nbs/study/06_registry.ipynb #notebook-registry
 @dataclass(frozen=True)
@@ -135,8 +136,9 @@ def check_device(device: str  # as given
 def resolve_device(device: str  # as `check_device` allows
                   ) -> str:
     "The device torch is to use; `auto`: the GPU where there is one. raises `InputError` where one is absent."
+    if check_device(device) == 'cpu': return device
     import torch
-    if check_device(device) == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     index = int(device.partition(':')[2] or 0)
     if device.startswith('cuda') and index >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
@@ -167,7 +169,7 @@ CLIP_SWEEP = Notebook('11_clip_sweep', 'zhang2022', 'Nine CLIP backbones, zero-s
                       figures=('zhang2022-extra-quality-parameters', 'zhang2022-extra-quality-time'),
                       models=(('backbones', 'clip'), ('selection_backbone', 'clip'),
                               ('translator', 'marian')),
-                      free=('backbones', 'selection_backbone'),
+                      free=('backbones', 'selection_backbone', 'batch_size'),
                       papers_values=(('precision', ('auto', 'fp32', 'fp16')),))
 
 # %% ../../nbs/study/06_registry.ipynb #fine-tune-entry
@@ -191,8 +193,8 @@ WISE_FT = Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-
                    papers_values=(('recipe', ('profile', 'paper')), ('characters', (-1, 0)),
                                   ('batch_size', (0, 64)),
                                   ('precision', ('auto', 'fp32', 'fp16')),
-                                  ('crops', ('recipe', 'whole')), ('epochs', (0., 50.)), ('rate', (0., 1e-5)),
-                                  ('translator', ('profile', 'Helsinki-NLP/opus-mt-de-en'))))
+                                  ('crops', ('recipe', 'whole')), ('epochs', (0., 50.)),
+                                  ('rate', (0., 1e-5))))
 
 # %% ../../nbs/study/06_registry.ipynb #txv-entry
 TXV = Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
@@ -273,8 +275,13 @@ def published_table(name: str  # e.g. 'zhang2022-table-2'
     "The published numbers of one table; empty for a table that no paper has."
     return published_numbers().get(name, {})
 
+# %% ../../nbs/study/06_registry.ipynb #counts
+COUNTS = ('articles', 'pairs', 'Match in 100')  # metrics that are whole numbers
+
 # %% ../../nbs/study/06_registry.ipynb #departures
-FREE = ('batch_size', 'workers')  # of every notebook: how it is computed, not what
+FREE = ('workers',)  # of every notebook: how it is computed, not what
+SAME_WORDS = MappingProxyType(dict(translator=('profile',
+                                               TRANSLATORS['paper'])))  # what `profile` means, by name
 
 def parameter_departures(notebook: Notebook,  # whose `free` and `papers_values` are taken
                          declared: Mapping[str, Parameter],  # its parameters
@@ -282,11 +289,8 @@ def parameter_departures(notebook: Notebook,  # whose `free` and `papers_values`
                         ) -> tuple[str, ...]:  # such as 'backbone=RN50'
     "Parameters of the method that are not at the paper's value."
     own = [name for name in declared if name not in (*CORE, *FREE, *notebook.free)]
-    stated = {name: allowed for name, allowed in notebook.papers_values
-              if name in declared}  # one of `FREE` too
-    papers = {name: (declared[name].default,) for name in own} | stated
-    off = [name for name in declared if name in papers and values[name] not in papers[name]]
-    return tuple(f'{name}={values[name]}' for name in off)
+    papers = {name: (declared[name].default,) for name in own} | SAME_WORDS | dict(notebook.papers_values)
+    return tuple(f'{name}={values[name]}' for name in own if values[name] not in papers[name])
 
 # %% ../../nbs/study/06_registry.ipynb #choices
 CHOICE_KINDS = ('stated', 'inferred', 'our choice', 'deviation')

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.base import InputError, read_json, reference_dir
-from .registry import NOTEBOOKS, Notebook, published_table
+from .registry import COUNTS, NOTEBOOKS, Notebook, published_table
 
 # %% ../../nbs/study/21_verify.ipynb #read-rows
 KEY = ('dataset', 'split', 'run', 'metric')
@@ -61,7 +61,7 @@ EXACT = 1e-9
 PUBLISHED = .0005
 UNMEASURED = .02
 P_VALUE = .1
-COUNTED = ('articles', 'pairs', 'Match in 100', 'median tokens')
+COUNTED = (*COUNTS, 'median tokens')  # a median of two middle ones may be a half
 
 def _p_bounds(p: float) -> tuple[float, float]:
     low, high = (0, .05) if p < .05 else (.05, 1)
@@ -127,7 +127,7 @@ def compare_rows(
             if math.isnan(value) and math.isnan(known): continue  # no number on either side
             found = judge(value, known, tolerance(row, column))
             yield Finding(table, name + f' {column}'*(column != 'value'), found, value, known)
-    for key in ours.keys() - reference.keys():
+    for key in sorted(ours.keys() - reference.keys()):
         yield Finding(table, f"{' '.join(key)} (not in the reference)", 'missing')
 
 # %% ../../nbs/study/21_verify.ipynb #compare-published
@@ -135,10 +135,10 @@ def compare_published(
     table: str,  # its name
     ours: Mapping[Key, Mapping],  # of `read_rows`
 ) -> Iterator[Finding]:
-    "One finding for each row beside a published number, and for each published number without a row."
+    "One finding for each row beside a published number, and for each published number that no row is of."
     beside = {key: row for key, row in ours.items() if row.get('published')}
-    alone = published_table(table).keys() - beside.keys() if beside else ()
-    for key in alone: yield Finding(table, f"{' '.join(key)} (only published)", 'missing')
+    alone = published_table(table).keys() - ours.keys() if beside else ()
+    for key in sorted(alone): yield Finding(table, f"{' '.join(key)} (only published)", 'missing')
     for key, row in beside.items():
         known = float(row['published'])
         bounds = known - PUBLISHED - EXACT, known + PUBLISHED + EXACT
