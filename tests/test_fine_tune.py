@@ -1,6 +1,7 @@
 """Fine-tuned models reload as what they are, are trained once, and survive a kill."""
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from newsrepro.methods import fine_tune as module
+from newsrepro.models import train as train_module
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import MissingCheckpoint, find_backbone
 from newsrepro.data.layouts import read_collection
@@ -147,11 +149,14 @@ def test_killed_run_goes_on(toy, undisturbed, tmp_path):
 
 
 def test_key_knows_the_training_code(toy, tmp_path, monkeypatch):
-    before = model_key(*toy)
-    (tmp_path/'models').mkdir()
-    (tmp_path/'models'/'train.py').write_text('another')
-    monkeypatch.setattr(module, 'PACKAGE', tmp_path)
-    assert model_key(*toy) != before
+    before, copy = model_key(*toy), tmp_path/'package'
+    shutil.copytree(train_module.PACKAGE/'models', copy/'models')
+    monkeypatch.setattr(train_module, 'PACKAGE', copy)
+    assert model_key(*toy) == before
+    for name in ('train', 'encoding'):
+        (copy/'models'/f'{name}.py').write_text('another')
+        assert model_key(*toy) != before
+        before = model_key(*toy)
 
 
 def test_prune_keeps_what_was_used_last(tmp_path):

@@ -25,7 +25,7 @@ from newsrepro.core.base import InputError
 from newsrepro.models.match import (IGNORED, ORIGINAL, MatchRecipe, NewsPairs, alignment_loss, draw_pictures,
                                     draw_texts, gradients, load_news_pairs, mask_words, matching_loss,
                                     pad_pictures, pad_texts, recipe_of, retrieval_loss, right_pictures,
-                                    step_loss, train_matcher, trained_matcher, validate_matching, word_loss)
+                                    step_losses, train_matcher, trained_matcher, validate_matching, word_loss)
 from newsrepro.models.single_stream import (HEADS, Matcher, PictureRule, encode_pairs, load_vilt,
                                             match_logits, new_vilt, rank_pairs, save_vilt)
 from newsrepro.models.train import digest, rate_factor
@@ -338,8 +338,8 @@ def test_steps_do_not_depend_on_the_past(vocabulary, paths):
 
     def losses(step, seed=0):
         recipe = MatchRecipe(9, seed=seed, mask=.5)
-        return {name: loss.item() for name, loss in step_loss(matcher, pairs, right_pictures(pairs),
-                                                              [0, 1, 2, 3], recipe, step).items()}
+        right = right_pictures(pairs)
+        return {name: loss.item() for name, loss in step_losses(matcher, pairs, right, range(4), recipe, step)}
     first = losses(3)
     torch.rand(9), np.random.rand(9)
     assert losses(3) == first and losses(4) != first and losses(3, seed=1) != first

@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'make_recipe
            'check_config', 'load_fine_tuned', 'model_key', 'train_copy', 'fine_tune', 'label']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #imports
-import copy, hashlib, json, os
+import copy, json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,14 +20,13 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from ..core.base import PACKAGE, InputError, atomic_path
+from ..core.base import InputError, atomic_path
 from ..core.checkpoints import Backbone, MissingCheckpoint
-from ..core.threads import threads_for
 from ..data.collection import Collection
 from ..models.encoding import encode_pictures, encode_tokens
 from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, identity, load_pairs,
-                                    normaliser, prune, train)
+                                    normaliser, settle, train, training_key)
 from ..ranking.pool import Pool, ranked
 from ..study.registry import Choice
 from ..text.cleaning import clean_all
@@ -227,12 +226,9 @@ def model_key(start: Encoder,  # that is trained from
               recipe: Recipe  # how
              ) -> str:  # 24 hex digits
     "A name that changes with whatever the trained weights depend on."
-    with threads_for(start.model):
-        threads = torch.get_num_threads() if start.device == 'cpu' else 0  # sums are taken in another order
-    facts = identity(start.model, pairs, valid, recipe, normaliser(start.backbone)) | dict(
-        backbone=repr(start.backbone), device=torch.device(start.device).type, threads=threads,
-        torch=torch.__version__, code=hashlib.sha256((PACKAGE/'models'/'train.py').read_bytes()).hexdigest())
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    facts = identity(start.model, pairs, valid, recipe, normaliser(start.backbone))
+    return training_key(facts | dict(backbone=repr(start.backbone)), start.model, 'train', 'encoding',
+                        'loader')
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #train-copy
 def train_copy(start: Encoder,  # stays as it is
@@ -263,9 +259,7 @@ def fine_tune(start: Encoder,  # stays as it is
     folder = Path(root)/model_key(start, pairs, valid, recipe)
     if not (folder/HISTORY).is_file():
         train_copy(start, pairs, valid, recipe, folder, progress, save_seconds)
-    (folder/'checkpoint.pt').unlink(missing_ok=True)
-    os.utime(folder)
-    prune(folder.parent, keep_bytes, folder)
+    settle(folder, keep_bytes)
     tuned = load_fine_tuned(folder, start.backbone, start.device, start.precision)
     return tuned, json.loads((folder/HISTORY).read_text(encoding='utf-8'))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RECIPES', 'PRESETS', 'FIELDS', 'VARIANTS', 'stated_fields', 'news_recipe', 'for_share', 'draw_articles',
-           'starting_points', 'NewsSet', 'training_parts', 'load_news_set', 'pairs_to_score', 'bill_of', 'Training',
-           'trainings', 'learned', 'draw_training', 'accuracy_rows', 'Ranker', 'first_hundred', 'told_apart',
+           'starting_points', 'NewsSet', 'training_parts', 'load_news_set', 'Training', 'trainings', 'pairs_to_score',
+           'bill_of', 'learned', 'draw_training', 'accuracy_rows', 'Ranker', 'first_hundred', 'told_apart',
            'difference_rows', 'reordered', 'rerank_runs', 'halved_sample', 'size_run', 'word_pieces_of', 'word_heat',
            'figure_panel', 'longest_word', 'chosen_example']
 
@@ -71,8 +71,8 @@ CHOICES = (
 RECIPES = MappingProxyType(dict(original=ORIGINAL, task=ORIGINAL_TASK, retrieval=ORIGINAL_RETRIEVAL,
                                 mini=dict(epochs=4., batch_size=32, rate=3e-4, warmup=.1)))
 PRESETS = MappingProxyType({
-    'paper': dict(recipe='original', articles=0, holdout=0.),
-    'mini': dict(recipe='mini', articles=60, holdout=.1)})
+    'paper': dict(recipe='original', articles=0, holdout=0., progress=True),
+    'mini': dict(recipe='mini', articles=60, holdout=.1, progress=False)})
 
 # %% ../../nbs/methods/10_vilt.ipynb #stated-fields
 # parameter -> field of the recipe, and the value that leaves it to the recipe
@@ -104,10 +104,10 @@ def for_share(recipe: MatchRecipe,  # for all pairs
               share: float,  # of the pairs, in (0, 1]
               n: int  # pairs that this is
              ) -> MatchRecipe:
-    "As many epochs of fewer pairs."
-    part = lambda count: max(1, round(share*count))
-    return replace(recipe, steps=part(recipe.steps), warmup=part(recipe.warmup),
-                   batch_size=min(recipe.batch_size, n))
+    "As many epochs of fewer pairs, also where a batch is cut to as many as there are."
+    size = min(recipe.batch_size, n)
+    part = lambda count: round(share*count*recipe.batch_size/size)
+    return replace(recipe, steps=max(1, part(recipe.steps)), warmup=part(recipe.warmup), batch_size=size)
 
 # %% ../../nbs/methods/10_vilt.ipynb #draw-articles
 def draw_articles(truth: Mapping[str, str],  # article id -> image id
@@ -178,30 +178,6 @@ def load_news_set(usable: Collection,  # articles with text and picture
     texts = dict(zip(test.articles.article_id, read(test.articles)))
     return NewsSet(parts[0], parts[1] if share else None, test, texts, draw_articles(truth, **ranked))
 
-# %% ../../nbs/methods/10_vilt.ipynb #bill
-def pairs_to_score(articles: int,  # that are ranked
-                   pool: int,  # images
-                   models: int,  # of Table 1
-                   shares: int,  # of the training part that are compared
-                   head: bool  # whether the pre-trained model can rank before it is fine-tuned
-                  ) -> dict[str, int]:  # what for -> pairs
-    "How many pairs the single-stream models score in a set."
-    return {'Table 1': models*articles*pool, 'not fine-tuned': head*articles*pool,
-            'sizes': 2*shares*(articles//2)*pool}
-
-def bill_of(part: NewsSet,  # a set
-            models: int,  # of Table 1
-            shares: Sequence[float],  # of the training part that are compared
-            recipe: MatchRecipe,  # for all of its pairs
-            head: bool  # as for `pairs_to_score`
-           ) -> str:
-    "The work of a set in words."
-    pairs = pairs_to_score(len(part.sample), len(part.test.images), models, len(shares), head)
-    learned = round(recipe.steps*recipe.batch_size*(models + 2*sum(shares)))
-    parts = ', '.join(f'{name} {number:,}' for name, number in pairs.items())
-    return (f'{learned:,} pairs to learn from, {recipe.steps:,} steps of {recipe.batch_size} a model; '
-            f'{sum(pairs.values()):,} pairs to score ({parts})')
-
 # %% ../../nbs/methods/10_vilt.ipynb #training
 @dataclass(frozen=True)
 class Training:
@@ -225,6 +201,31 @@ def trainings(sets: Mapping[str, NewsSet],  # by name
     fewer = [Training(dataset, run, share)
              for share in reversed(shares) for dataset in sets for run in runs[:2]]
     return whole + varied + fewer
+
+# %% ../../nbs/methods/10_vilt.ipynb #bill
+def pairs_to_score(articles: int,  # that are ranked
+                   pool: int,  # images
+                   models: int,  # of Table 1
+                   shares: int,  # of the training part that are compared
+                   head: bool  # whether the pre-trained model can rank before it is fine-tuned
+                  ) -> dict[str, int]:  # what for -> pairs
+    "How many pairs the single-stream models score in a set."
+    return {'Table 1': models*articles*pool, 'not fine-tuned': head*articles*pool,
+            'sizes': 2*shares*(articles//2)*pool}
+
+def bill_of(part: NewsSet,  # a set
+            own: Sequence[Training],  # of this set
+            recipe: MatchRecipe,  # for all of its pairs
+            head: bool  # as for `pairs_to_score`
+           ) -> str:
+    "The work of a set in words."
+    models = sum(one.share == 1 and not one.variant for one in own)
+    shares = len({one.share for one in own if one.share < 1})*part.known
+    pairs = pairs_to_score(len(part.sample), len(part.test.images), models, shares, head and part.known)
+    learned = round(recipe.steps*recipe.batch_size*sum(one.share for one in own))
+    parts = ', '.join(f'{name} {number:,}' for name, number in pairs.items())
+    return (f'{learned:,} pairs to learn from, {recipe.steps:,} steps of {recipe.batch_size} a model; '
+            f'{sum(pairs.values()):,} pairs to score ({parts})')
 
 # %% ../../nbs/methods/10_vilt.ipynb #learned
 def learned(training: Training,  # one of `trainings`
@@ -258,7 +259,7 @@ def draw_training(axes: Sequence,  # two of matplotlib
 
 # %% ../../nbs/methods/10_vilt.ipynb #recipe-rows
 def accuracy_rows(one: Training,  # done
-                  made: tuple[Matcher, list[dict]],  # of `learned`
+                  made: tuple[str, list[dict]],  # its model's label and its curve
                   part: NewsSet  # its set
                  ) -> list[dict]:  # none where nothing was held out
     "Share of right answers about what was held out, with Wilson's interval."
@@ -268,7 +269,7 @@ def accuracy_rows(one: Training,  # done
     low, high = binomtest(round(value*n), n).proportion_ci(method='wilson')
     run = f'{one.run}, {one.variant or "the recipe of Table 1"}'
     return [dict(dataset=one.dataset, split='train', run=run, metric='accuracy', value=value, ci_low=low,
-                 ci_high=high, n=n, checkpoint=made[0].label)]
+                 ci_high=high, n=n, checkpoint=made[0])]
 
 # %% ../../nbs/methods/10_vilt.ipynb #rank-set
 @dataclass(frozen=True)

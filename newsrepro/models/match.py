@@ -7,12 +7,12 @@ __all__ = ['ORIGINAL', 'ORIGINAL_TASK', 'ORIGINAL_RETRIEVAL', 'IGNORED', 'OBJECT
            'refuse_match_recipe', 'recipe_of', 'NewsPairs', 'load_news_pairs', 'right_pictures', 'draw_pictures',
            'mask_words', 'pad_texts', 'fewer_patches', 'pad_pictures', 'together', 'alignment_loss', 'matching_loss',
            'word_loss', 'retrieval_loss', 'draw_texts', 'objectives_of', 'StepPart', 'part_words', 'part_matching',
-           'part_retrieval', 'step_loss', 'scaled_gradients', 'gradients', 'validate_matching', 'match_step',
+           'part_retrieval', 'step_losses', 'scaled_gradients', 'gradients', 'validate_matching', 'match_step',
            'match_identity', 'train_matcher', 'trained_matcher']
 
 # %% ../../nbs/models/07a_match.ipynb #imports
-import copy, hashlib, json, math, os
-from collections.abc import Mapping, Sequence
+import copy, hashlib, json, math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,10 +28,8 @@ from ..core.base import InputError, atomic_path
 from .heat_maps import cosine_cost, transport_cost, transport_plan
 from .single_stream import (Matcher, dropper, encode_pairs, load_picture, load_vilt, lowered,
                                             match_logits, save_vilt)
-import newsrepro.models.match, newsrepro.models.single_stream, newsrepro.models.train
-from ..core.threads import threads_for
-from .train import (HISTORY, Checkpointer, Recipe, batch_order, digest, make_optimiser, prune,
-                                    run_steps, seed_of, set_modes, take_step)
+from .train import (HISTORY, Checkpointer, Recipe, batch_order, digest, make_optimiser,
+                                    run_steps, seed_of, set_modes, settle, take_step, training_key)
 
 # %% ../../nbs/models/07a_match.ipynb #recipe
 @dataclass(frozen=True)
@@ -359,26 +357,29 @@ def part_retrieval(part: StepPart  # of a step
 OBJECTIVES = MappingProxyType(dict(words=part_words, matching=part_matching, retrieval=part_retrieval))
 
 # %% ../../nbs/models/07a_match.ipynb #gradients
-def step_loss(matcher: Matcher,  # the model with its tokenizer and rule of pictures
+def step_losses(matcher: Matcher,  # the model with its tokenizer and rule of pictures
               pairs: NewsPairs,  # to learn from
               right: Sequence[frozenset[int]],  # of `right_pictures`
               rows: Sequence[int],  # places of the batch's pairs
               recipe: MatchRecipe,  # how it is trained
               step: int,  # number, counted from 0
               chunk: int = 0  # number of the forward pass within the step
-             ) -> dict[str, torch.Tensor]:  # name of the objective -> scalar
-    "The losses of one step, or of one forward pass of it, by objective."
+             ) -> Iterator[tuple[str, torch.Tensor]]:  # name of the objective, scalar
+    "The losses of a step, or of one forward pass of it, one by one: one graph is held at a time."
     own = (recipe.seed, step, chunk)
     part = StepPart(matcher, pairs, right, rows, recipe, np.random.default_rng(seed_of(*own)))
     matcher.model.drop = dropper(recipe.dropout, seed_of(*own, 1), matcher.model.device)
-    try: return {name: OBJECTIVES[name](part) for name in objectives_of(recipe, step)}
+    try:
+        for name in objectives_of(recipe, step):
+            with lowered(matcher.model.device, matcher.precision): loss = OBJECTIVES[name](part)
+            yield name, loss
     finally: matcher.model.drop = dropper(0., 0, matcher.model.device)
 
 # %% ../../nbs/models/07a_match.ipynb #gradients-function
 LOSS_SCALES = MappingProxyType(dict(fp32=(1.,), bf16=(1.,), fp16=(2.**13, 2.**9, 2.**5, 2.)))
 
 def scaled_gradients(matcher: Matcher,  # the model with its tokenizer and rule of pictures
-                     *given: Any,  # pairs, right pictures and rows of `step_loss`
+                     *given: Any,  # pairs, right pictures and rows of `step_losses`
                      recipe: MatchRecipe,  # how it is trained
                      step: int,  # number, counted from 0
                      scale: float  # factor of the loss
@@ -389,16 +390,15 @@ def scaled_gradients(matcher: Matcher,  # the model with its tokenizer and rule 
     found = {}
     for chunk, start in enumerate(range(0, len(rows), size)):
         mine = rows[start:start + size]
-        with lowered(matcher.model.device, matcher.precision):
-            losses = step_loss(matcher, *data, mine, recipe, step, chunk)
         share = len(mine)/len(rows)
-        (sum(losses.values())*share*scale).backward()
-        for name, loss in losses.items(): found[name] = found.get(name, 0.) + loss.item()*share
+        for name, loss in step_losses(matcher, *data, mine, recipe, step, chunk):
+            (loss*share*scale).backward()
+            found[name] = found.get(name, 0.) + loss.item()*share
     return found
 
 # %% ../../nbs/models/07a_match.ipynb #gradients-unscaled
 def gradients(matcher: Matcher,  # the model with its tokenizer and rule of pictures
-              *given: Any,  # pairs, right pictures and rows of `step_loss`
+              *given: Any,  # pairs, right pictures and rows of `step_losses`
               recipe: MatchRecipe,  # how it is trained
               step: int  # number, counted from 0
              ) -> dict[str, float]:  # name of the objective -> loss
@@ -427,8 +427,9 @@ def validate_matching(matcher: Matcher,  # the model with its tokenizer and rule
     right = right_pictures(pairs)
     losses = []
     hits = []
-    for start in range(0, len(pairs), recipe.batch_size):
-        rows = range(start, min(start + recipe.batch_size, len(pairs)))
+    size = recipe.chunk or recipe.batch_size
+    for start in range(0, len(pairs), size):
+        rows = range(start, min(start + size, len(pairs)))
         for swap in (0., 1.):
             places, keeps = draw_pictures(pairs, right, rows, swap, draw)
             x = together(pad_texts(matcher, [pairs.ids[row] for row in rows]),
@@ -486,6 +487,7 @@ def train_matcher(
     if recipe.keep != 'last' and not valid:
         raise InputError(f'keep={recipe.keep!r}: wants validation pairs')
     right = right_pictures(pairs)
+    if valid: right_pictures(valid)  # refused now, not after an epoch
     order = batch_order(len(pairs), recipe.batch_size, recipe.steps, recipe.seed)
     if recipe.wrong_texts and frozenset.intersection(*right):
         raise InputError(f'wrong_texts={recipe.wrong_texts}: a picture belongs to all texts, none is '
@@ -513,15 +515,6 @@ def _match_steps(matcher, pairs, right, order, valid, recipe, checkpointer, prog
     if best: matcher.model.load_state_dict(best)
     return history
 
-# %% ../../nbs/models/07a_match.ipynb #key
-def _key(start, pairs, valid, recipe) -> str:
-    "Whatever the weights depend on, the code included, in 24 hexadecimal digits."
-    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-            for module in (newsrepro.models.match, newsrepro.models.single_stream, newsrepro.models.train)]
-    with threads_for(start.model): facts = match_identity(start, pairs, valid, recipe) | dict(
-        device=start.model.device.type, threads=torch.get_num_threads(), torch=torch.__version__, code=code)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-
 # %% ../../nbs/models/07a_match.ipynb #trained-matcher
 def trained_matcher(start: Matcher,  # stays as it is
                     name: str,  # of what comes back, in tables
@@ -534,7 +527,8 @@ def trained_matcher(start: Matcher,  # stays as it is
                     save_seconds: float = 60.  # least time between checkpoints; 0 = after each step
                    ) -> tuple[Matcher, list[dict]]:  # called `name`; one record a step
     "Train a copy of `start`, or take from `root` what was trained before; a run that was killed goes on."
-    folder = Path(root)/_key(start, pairs, valid, recipe)
+    facts = match_identity(start, pairs, valid, recipe)
+    folder = Path(root)/training_key(facts, start.model, 'match', 'single_stream', 'heat_maps', 'train')
     if not (folder/HISTORY).is_file():
         made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid,
                                       folder, save_seconds, progress)
@@ -542,9 +536,8 @@ def trained_matcher(start: Matcher,  # stays as it is
         with atomic_path(folder/HISTORY) as part:
             part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint,
                                             steps=history)), encoding='utf-8')
-    (folder/'checkpoint.pt').unlink(missing_ok=True)
-    os.utime(folder)
-    prune(folder.parent, keep_bytes, folder)
+        del made  # two copies of a large model are one too many
+    settle(folder, keep_bytes)
     known = json.loads((folder/HISTORY).read_text(encoding='utf-8'))
     found = load_vilt(str(folder), device=str(start.model.device))
     return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'],
