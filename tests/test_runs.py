@@ -16,8 +16,8 @@ from newsrepro.core.checkpoints import PAPER_BACKBONES
 from newsrepro.cli import run as command
 from newsrepro.core.base import InputError
 from newsrepro.ranking.metrics import MEASURES
-from newsrepro.ranking.runs import (compare_files, deobfuscate, evaluate_files, obfuscate, read_run,
-                                    read_truth, write_run)
+from newsrepro.data.names import deobfuscate, obfuscate
+from newsrepro.ranking.runs import compare_files, evaluate_files, read_run, read_truth, write_run
 from newsrepro.study.study import run_file
 
 steady = settings(deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.base import InputError
 from .collection import Collection, has_text, pool_order
-from .names import composed, part_of, set_of
+from .names import deobfuscate, language_of, composed, part_of, set_of
 from .pictures import (inspect_images, left_out, picture_folder, picture_index, say_left_out,
                                      stem)
 from .splits import last_as_test
@@ -35,6 +35,7 @@ def _standard(
     table = table.loc[:, ~table.columns.duplicated()]
     names = ('article_id', 'image_id', 'file', 'dataset', 'split', 'lang')
     ids = {c: table[c].str.strip().map(composed) for c in names if c in table}
+    if 'lang' in ids: ids['lang'] = ids['lang'].map(language_of)
     return table.assign(**ids, place=[f'{path} {table.index.name} {i}' for i in table.index])
 
 # %% ../../nbs/data/01d_layouts.ipynb #article-rows
@@ -229,13 +230,6 @@ def _join_truth(
     problems = _say_beyond(truth, texts, unlisted, images[images.split == 'test'])
     return pd.concat([rest, unlisted]).drop(columns='role'), images.drop(columns='role'), problems
 
-# %% ../../nbs/data/01d_layouts.ipynb #real-id
-def _real_id(
-    article_id: str # ten digits, the first of them 1
-) -> str: # nine digits
-    "The article id behind an obfuscated one of the 2021 test."
-    return article_id[6:] + article_id[1:6]
-
 # %% ../../nbs/data/01d_layouts.ipynb #table-account
 def _account_for_table(
     table: pd.DataFrame, # standard columns
@@ -272,7 +266,7 @@ def _mended(
     if dataset.startswith('GDELT'): return table.rename(columns={'text': 'tags'})
     texts_of_2021 = dataset == 'newsimages2021' and role == 'articles'
     obfuscated = texts_of_2021 and table.article_id.str.fullmatch(r'1\d{9}').all()
-    return table.assign(article_id=table.article_id.map(_real_id)) if obfuscated else table
+    return table.assign(article_id=table.article_id.map(deobfuscate)) if obfuscated else table
 
 # %% ../../nbs/data/01d_layouts.ipynb #official-table
 def _official_table(

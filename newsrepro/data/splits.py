@@ -57,7 +57,7 @@ def chronological_split(
     "Cut by time; equal dates keep their order. Raises `InputError` where undated articles would be held out."
     n = _cut(articles, fraction)
     undated = int(articles.date.isna().sum())
-    if n < len(articles) and undated and (undated > n or undated == len(articles)):
+    if n < len(articles) and undated > n:
         raise InputError(f'chronological split: {undated} of {len(articles)} articles have no date, so the '
             'newest are not known; give dates, split at random, or hold out none')
     ordered = articles.sort_values('date', kind='stable', na_position='first')
@@ -87,9 +87,10 @@ def hold_out(
     if not 0 <= share < 1: raise InputError(f'share {share} to hold out: must be 0 or more, and below 1')
     if share == 0: return articles, articles[:0]
     if split == 'random': return random_split(articles, 1 - share, seed)
+    dated = articles if articles.date.notna().any() else articles.assign(date=pd.Timestamp(0))
+    parts = chronological_split(dated, 1 - share)
     _warn_undated(articles)
-    if articles.date.isna().all(): articles = articles.assign(date=pd.Timestamp(0))
-    return chronological_split(articles, 1 - share)
+    return parts
 
 # %% ../../nbs/data/01c_splits.ipynb #last-ones
 def _last_ones(

@@ -7,7 +7,7 @@ __all__ = ['readable', 'entries_of', 'first_few', 'encoding_of', 'repair_mojibak
            'read_table', 'columns_of', 'parse_dates']
 
 # %% ../../nbs/data/01_tables.ipynb #imports
-import codecs, io, os, re, warnings
+import codecs, os, re, warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,16 +250,25 @@ def _as_text(
     return pd.DataFrame(columns, dtype=str, index=range(1, len(table) + 1)).rename_axis('row')
 
 # %% ../../nbs/data/01_tables.ipynb #read-parquet
+@contextmanager
+def _parquet(path: Path):
+    with readable(path), path.open('rb') as file:
+        try: yield file
+        except ImportError as e:
+            raise InputError(f'{path}: Parquet needs pyarrow; install it, or give CSV or TSV') from e
+        except Exception as e: # engines raise anything
+            raise InputError(f'{path}: not a Parquet file: {e}') from e
+
+def _parquet_names(path: Path) -> list[str]: # of the columns
+    with _parquet(path) as file:
+        from pyarrow.parquet import read_schema
+        return [name for name in read_schema(file).names if not re.fullmatch(r'__index_level_\d+__', name)]
+
 def read_parquet(
     path: Path # Parquet file
 ) -> pd.DataFrame: # columns of text, indexed by row number
     "Raises `InputError` where the file is damaged or no Parquet engine is installed."
-    with readable(path): raw = path.read_bytes()
-    try: table = pd.read_parquet(io.BytesIO(raw))
-    except ImportError as e:
-        raise InputError(f'{path}: Parquet needs pyarrow (pip install pyarrow); or give CSV or TSV') from e
-    except Exception as e: # engines raise anything
-        raise InputError(f'{path}: not a Parquet file: {e}') from e
+    with _parquet(path) as file: table = pd.read_parquet(file)
     named = [o for o in table.index.names if o is not None and o not in table]
     table = table.reset_index(named).reset_index(drop=True).convert_dtypes()
     table.columns = [str(c) for c in table]
@@ -332,8 +341,8 @@ def read_table(
 def columns_of(
     path: Path # a table
 ) -> list[str]: # its column names, in lower case
-    "Read no more than the first line, of a CSV or TSV. Raises `InputError` where that cannot be read."
-    if path.suffix.lower() == '.parquet': return [c.lower() for c in read_parquet(path)]
+    "Read no more than the head of a file. Raises `InputError` where that cannot be read."
+    if path.suffix.lower() == '.parquet': return [c.lower() for c in _parquet_names(path)]
     with readable(path), path.open('rb') as f: head = f.read(2**16)
     text = head.decode(encoding_of(head), 'ignore').lstrip('\r\n')
     return [c.lower() for c in parse(re.split('[\r\n]', text, maxsplit=1)[0], path)[0]]

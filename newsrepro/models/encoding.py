@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'STEP', 'CACHED', 'is_causal', 'text_lengths', 'encode_cut', 'encode_short', 'batches', 'numerics',
-           'encode_batch', 'by_length', 'largest_tensor', 'rows_at_once', 'encode_fitting', 'encode_stream', 'progress',
-           'encode_tokens', 'decoded', 'encode_pictures', 'encode', 'count_tokens']
+           'encode_batch', 'by_length', 'largest_tensor', 'rows_at_once', 'halved', 'encode_fitting', 'encode_stream',
+           'progress', 'encode_tokens', 'decoded', 'encode_pictures', 'encode', 'count_tokens']
 
 # %% ../../nbs/models/04a1_encoding.ipynb #imports
 import copy, os, sys
@@ -153,6 +153,16 @@ def rows_at_once(encoder: Encoder,  # whose model and device count
     return max(1, min(most, CACHED[small]//largest))
 
 # %% ../../nbs/models/04a1_encoding.ipynb #encode-fitting
+def halved(rows: int,  # that were too many for the memory
+           where: str  # model and device, for the line
+          ) -> int:  # rows to go on with
+    "Half as many, said in a line; raises `InputError` where there is no half."
+    if rows == 1:
+        raise InputError(f'{where} is out of memory with a single row; use another device or model') from None
+    torch.cuda.empty_cache()
+    tqdm.write(f'{where} is out of memory with {rows} rows at once; going on with {rows//2}', file=sys.stderr)
+    return rows//2
+
 def encode_fitting(encoder: Encoder,  # whose model is asked
                    batch: torch.Tensor,  # (n, ...) as `encode_batch` takes it
                    rows: int  # the model is given at once
@@ -161,12 +171,7 @@ def encode_fitting(encoder: Encoder,  # whose model is asked
     while True:
         try: return np.concatenate([encode_batch(encoder, part, rows) for part in batches(batch, rows)]), rows
         except torch.OutOfMemoryError:
-            where = f'{encoder.backbone.name}: {encoder.device} is out of memory'
-            if rows == 1:
-                raise InputError(f'{where} with a single row; use another device or backbone') from None
-        torch.cuda.empty_cache()
-        rows //= 2
-        tqdm.write(f'{where} with {2*rows} rows at once; going on with {rows}', file=sys.stderr)
+            rows = halved(rows, f'{encoder.backbone.name}: {encoder.device}')
 
 # %% ../../nbs/models/04a1_encoding.ipynb #encode-stream
 def encode_stream(encoder: Encoder,  # whose model is asked

@@ -37,6 +37,7 @@ class FeatureEncoder:
     transforms: Callable | None = None  # picture -> (3, px, px), of an image encoder
     tokenizes: Callable | None = None  # texts -> (n, length) token ids, of a text encoder
     precision: str = 'fp32'  # of its products: 'fp32', 'fp16' or 'bf16'
+    settings: str = ''  # whatever else its outputs depend on
 
     @property
     def transform(self) -> Callable:  # picture -> (3, px, px)
@@ -56,7 +57,7 @@ class FeatureEncoder:
     @property
     def key(self) -> str:
         "As of `Encoder`."
-        facts = [self.backbone.name, self.fingerprint, repr(self.transforms), self.precision,
+        facts = [self.backbone.name, self.fingerprint, repr(self.transforms), self.settings, self.precision,
                  torch.device(self.device).type, ENCODING]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
@@ -161,8 +162,9 @@ def load_text_encoder(name: str,  # a folder, or a name of the hub
     most = net.max_seq_length
     how = dict(padding=True, pad_to_multiple_of=STEP, truncation=True, max_length=most, return_tensors='pt')
     tokenize = lambda texts: net.tokenizer(texts, **how).input_ids[:, :most]
+    settings = [repr(net), most, sorted(net.tokenizer.get_vocab().items()), net.tokenizer.init_kwargs]
     return FeatureEncoder(backbone, TextTower(net).eval().requires_grad_(False), weights_digest(net), device,
-                          tokenizes=tokenize, precision=precision)
+                          tokenizes=tokenize, precision=precision, settings=json.dumps(settings, default=str))
 
 # %% ../../nbs/models/04a2_foreign.ipynb #load-any
 def load_any(name: str,  # 'timm:NAME', 'sentence-transformers:NAME', or as `find_backbone` takes it

@@ -7,8 +7,8 @@ __all__ = ['HEADS', 'DECODER', 'VILT_WEIGHTS', 'DTYPES', 'PictureRule', 'load_pi
            'match_logits', 'transformers_name', 'transformers_state', 'vilt_state', 'Matcher', 'picture_rule',
            'new_vilt', 'vilt_config', 'vilt_weights', 'fill', 'word_pieces', 'vilt_place', 'StandIn', 'stand_ins',
            'load_vilt', 'untaught', 'save_vilt', 'start_from_vit', 'quantised', 'text_units', 'unit_pairs',
-           'embed_pictures', 'lowered', 'halved', 'score_pairs', 'Journal', 'scorers', 'merge', 'Effort', 'refuse',
-           'score_chunk', 'rank_pairs', 'candidates', 'journal_name', 'matched_lists']
+           'embed_pictures', 'lowered', 'score_pairs', 'Journal', 'scorers', 'merge', 'Effort', 'refuse', 'score_chunk',
+           'rank_pairs', 'candidates', 'journal_name', 'matched_lists']
 
 # %% ../../nbs/models/04a_single_stream.ipynb #imports
 import copy, hashlib, json, os, re, sqlite3, warnings
@@ -36,7 +36,8 @@ from ..core.base import InputError, atomic_path, file_digest
 from ..core.checkpoints import (REMEDY, VILT_FILES, VILT_MODELS, MissingCheckpoint, find_model,
                                         local_weights)
 from ..data.pictures import open_image
-from .weights import read_weights
+from .encoding import halved
+from .weights import read_weights, weights_digest
 from ..ranking.metrics import tie_order
 from ..ranking.retrieve import check_k, from_keys, to_keys
 from ..text.language import folder_fingerprint
@@ -494,15 +495,6 @@ def lowered(device: torch.device,  # where the model runs
     "Inside, torch computes in `precision` what it deems safe."
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
 
-# %% ../../nbs/models/04a_single_stream.ipynb #halved
-def halved(batch_size: int  # pairs for which the memory did not suffice
-          ) -> int:  # pairs to go on with
-    "Half a batch, and say so; raises `InputError` where there is no half."
-    if batch_size == 1: raise InputError('score_batch=1: the memory does not suffice for a single pair')
-    torch.cuda.empty_cache()
-    print(f'out of memory with {batch_size} pairs a forward pass: on with {batch_size//2}', flush=True)
-    return batch_size//2
-
 # %% ../../nbs/models/04a_single_stream.ipynb #score-pairs
 @torch.inference_mode()
 def score_pairs(matcher: Matcher,  # whose model scores
@@ -666,7 +658,7 @@ def _work(models: SimpleQueue, ids: list[list[int]], pairs: tuple[np.ndarray, np
         while True:
             try: return _score(mine, ids, pairs, patches, batch_size)
             except torch.OutOfMemoryError: pass
-            batch_size = halved(batch_size)
+            batch_size = halved(batch_size, f'{mine.label}: {mine.model.device}')
     finally: models.put((mine, batch_size))
 
 # %% ../../nbs/models/04a_single_stream.ipynb #score-chunk-all
@@ -767,10 +759,8 @@ def journal_name(matcher: Matcher,  # its weights count, to the bit
     kinds = sorted({torch.device(device).type for device in effort.devices})
     facts = [matcher.label, matcher.precision, torch.__version__, list(texts), k, effort.batch_size,
              effort.chunk, len(effort.devices), kinds]
-    total = hashlib.sha256(json.dumps(facts).encode())
-    for value in matcher.model.state_dict().values():
-        if isinstance(value, torch.Tensor): total.update(value.detach().cpu().contiguous().numpy().tobytes())
-    for path in pictures: total.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    total = hashlib.sha256(json.dumps([*facts, weights_digest(matcher.model)]).encode())
+    for path in pictures: total.update(bytes.fromhex(file_digest(path)))
     if wanted is not None: total.update(np.ascontiguousarray(wanted, dtype=np.int64).tobytes())
     return f'{total.hexdigest()[:24]}.sqlite'
 

@@ -28,8 +28,8 @@ from ..data.collection import Collection
 from ..data.layouts import read_collection
 from ..ranking.metrics import confidence_intervals, measure
 from ..models.store import EmbeddingStore
-from .registry import (CORE, COUNTS, PAPER_LAYOUT, PROFILES, Notebook, check_value, command_line,
-                                      notebook_named, notebook_parameters, parameter_departures,
+from .registry import (CORE, COUNTS, PAPER_LAYOUT, PROFILES, Notebook, check_value,
+                                      command_line, notebook_named, notebook_parameters, parameter_departures,
                                       published_table, resolve_device)
 from ..text.language import (MarianTranslator, TableTranslator, TranslationMemory, english,
                                      find_translator)

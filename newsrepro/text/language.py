@@ -241,6 +241,11 @@ class MarianTranslator:
 
     @cached_property
     def label(self) -> str: return f'{self.name}:{folder_fingerprint(self.folder)[:12]}'
+    @property
+    def key(self) -> str:  # of the memory: a GPU translates in half precision
+        "What translations are kept under."
+        import torch
+        return self.label + ('' if torch.device(self.device).type == 'cpu' else ':fp16')
     @cached_property
     def marian(self) -> tuple:
         model, tokenizer = load_marian(self.folder)
@@ -273,13 +278,13 @@ def known_pieces(self: MarianTranslator,
                 ) -> dict[str, str]:  # piece -> English
     "Pieces from the memory, the others translated and kept there; what has no letter stays as it is."
     from tqdm import tqdm
-    found = self.memory.find(self.label,
+    found = self.memory.find(self.key,
                              pieces) | {piece: piece for piece in pieces if not _LETTER.search(piece)}
     lacking = [piece for piece in pieces if piece not in found]
     if not lacking: return found
     with tqdm(total=len(lacking), unit='sentence', disable=not progress) as bar:
         for done in translate_batches(*self.marian, lacking, self.budget):
-            self.memory.add(self.label, done)
+            self.memory.add(self.key, done)
             found |= done
             bar.update(len(done))
     return found
@@ -292,7 +297,7 @@ def __call__(self: MarianTranslator,
             ) -> list[str]:
     "Translations by paragraphs; what the memory holds, a text or a sentence, is not translated again."
     texts = [*map(_whole, texts)]
-    known = self.memory.find(self.label, texts)
+    known = self.memory.find(self.key, texts)
     parts = {text: self.pieces(text) for text in texts if text not in known}
     wanted = list(dict.fromkeys(piece for text in parts.values() for part in text for piece in part))
     suspects = (piece for piece in wanted if may_exceed(piece, self.longest))
