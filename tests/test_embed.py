@@ -1,4 +1,5 @@
 """Checkpoints of the true architectures and forms, random weights: found, loaded, encoded as by others."""
+from functools import partial
 import shutil
 from dataclasses import replace
 
@@ -254,7 +255,7 @@ def test_a_long_call_shows_how_far_it_is(monkeypatch, capsys, pictures):
     encode(encoder, pictures, 'image')
     assert capsys.readouterr().err == ''
     from newsrepro.models import encoding
-    monkeypatch.setattr(encoding, 'progress', lambda *what: encoding.tqdm(
-        total=what[2], desc=what[0].backbone.name, unit=f' {what[1]}s', mininterval=0))
+    at_once = partial(encoding.tqdm, **dict(delay=0, mininterval=0))
+    monkeypatch.setattr(encoding, 'tqdm', lambda **how: at_once(**(how | at_once.keywords)))
     encode(encoder, pictures, 'image')
     assert '3/3' in (said := capsys.readouterr().err) and 'images/s' in said

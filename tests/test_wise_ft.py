@@ -11,7 +11,7 @@ from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.data.layouts import read_collection
 from newsrepro.methods.fine_tune import DecodedPool, save_fine_tuned
-from newsrepro.methods.wise_ft import (ALPHAS, CHOICES, CLAIM_VERDICTS, ENDS, READS, RECIPES, Adapted,
+from newsrepro.methods.wise_ft import (ALPHAS, CLAIM_VERDICTS, ENDS, READS, RECIPES, Adapted,
                                        against_ends, cases, choose_alpha, claim_lines, end_rows, interpolate,
                                        part_set, rank_changes, read_set, retold, soup, state_of, store_bytes,
                                        sweep, with_weights)
@@ -161,7 +161,6 @@ def test_paper_recipe():
     assert differ == {'decay_all', 'logit_factor', 'mean_std'}
     assert dict(article) == dict(PUBMEDCLIP) | dict(epochs=50)
     assert READS['paper'] == (0, True) and READS.keys() == RECIPES.keys()
-    assert {choice.kind for choice in CHOICES} == {'stated', 'inferred', 'our choice', 'deviation'}
 
 
 def test_adapt_searches_what_it_is_asked(tmp_path, monkeypatch):
@@ -260,7 +259,8 @@ def test_without_test_truth_the_test_part_is_searched_and_not_measured(few):
     assert max(map(len, held.pairs.text_ids)) == 5
     assert len(held.pairs.aspects) == 9 and held.valid.aspects is None
     validated = held.pools['validation'].pool.truth
-    assert set(held.valid.text_ids) == {news.texts[article][:5] for article in validated}
-    shouted = retold(news, [text.upper() for text in news.texts.values()], ['X']*len(news.test.tokens))
+    text_of = dict(zip(few.articles.article_id, few.articles.title))
+    assert set(held.valid.text_ids) == {text_of[article][:5] for article in validated}
+    shouted = retold(news, [text.upper() for text in news.pool.texts], ['X']*len(news.test.tokens))
     assert part_set(shouted, share=.25).pairs.text_ids == tuple(text.upper() for text in held.pairs.text_ids)
     assert torch.equal(shouted.pairs.pixels, news.pairs.pixels)

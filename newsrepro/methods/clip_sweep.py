@@ -16,6 +16,7 @@ from ..data.collection import Collection
 from ..data.splits import sample_pairs
 from ..models.loader import Encoder
 from ..models.store import EmbeddingStore, embed
+from ..ranking.metrics import clear_sign
 from ..ranking.pool import Pool, ranked
 from ..study.registry import Choice
 
@@ -99,8 +100,7 @@ def finding(low: float,  # of the 95 % interval of a difference
             p: float  # corrected
            ) -> str:  # what becomes of the claim that the difference is above 0
     "In words; interval and p value must agree."
-    if p >= .05 or low <= 0 <= high: return 'is not decided'
-    return 'holds' if low > 0 else 'is contradicted'
+    return {1: 'holds', -1: 'is contradicted', 0: 'is not decided'}[clear_sign(low, high, p)]
 
 # %% ../../nbs/methods/11_clip_sweep.ipynb #agreement
 def agreement(values: Mapping[str, float],  # backbone -> MRR here

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..core.base import InputError
-from ..ranking.metrics import measure, tie_order
+from ..ranking.metrics import clear_sign, measure, tie_order
 from ..ranking.one_to_one import (TRANSDUCTIVE, assigned_first, csls, dual_softmax, inverted_softmax,
                                           query_bank_norm, sinkhorn)
 from ..ranking.pool import Pool, ranks_by_score
@@ -112,5 +112,4 @@ def named(ci_low: float,  # of a paired difference
           p: float  # corrected
          ) -> str:
     "What a difference may be called."
-    if p >= .05 or ci_low <= 0 <= ci_high: return 'no difference shown'
-    return 'gain' if ci_low > 0 else 'loss'
+    return {1: 'gain', -1: 'loss', 0: 'no difference shown'}[clear_sign(ci_low, ci_high, p)]

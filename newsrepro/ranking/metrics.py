@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'rank_of_truth', 'reciprocal_rank', 'hit', 'parse_measure', 'measure', 'summarise', 'found', 'chance',
-           'tie_order', 'rank_by_score', 'confidence_intervals', 'paired_randomisation_test', 'paired_interval',
-           'Comparison', 'compare_ranks', 'holm']
+           'tie_order', 'rank_by_score', 'mean_interval', 'confidence_intervals', 'paired_randomisation_test',
+           'paired_interval', 'Comparison', 'compare_ranks', 'holm', 'clear_sign']
 
 # %% ../../nbs/ranking/02_metrics.ipynb #imports
 import re
@@ -129,6 +129,17 @@ def _percentile_interval(
                       n_resamples=n_resamples, confidence_level=level, rng=np.random.default_rng(seed))
     return drawn.confidence_interval
 
+# %% ../../nbs/ranking/02_metrics.ipynb #mean-interval
+def mean_interval(
+    values: np.ndarray,  # (n,)
+    seed: int = 0,  # seed of the resamples
+) -> dict[str, float]:  # value, ci_low, ci_high (95 %), n: columns of a table
+    "The mean with its bootstrap interval, which is NaN for fewer than two values, as the mean is for none"
+    if len(values) < 2:
+        return dict(value=float(values[0]) if len(values) else np.nan, ci_low=np.nan, ci_high=np.nan, n=len(values))
+    low, high = _percentile_interval(np.asarray(values, dtype=float), n_resamples=2000, seed=seed, level=.95)
+    return dict(value=float(np.mean(values)), ci_low=float(low), ci_high=float(high), n=len(values))
+
 # %% ../../nbs/ranking/02_metrics.ipynb #confidence-intervals
 def confidence_intervals(
     ranks: np.ndarray,  # int (n articles,), 0 = not found
@@ -167,9 +178,8 @@ def paired_interval(
     "Mean difference of two runs with its bootstrap interval; ValueError for unequal or too few articles"
     n, m = len(ranks_a), len(ranks_b)
     if n != m: raise ValueError(f'{n} and {m} ranks are not of the same articles')
-    difference = measure(ranks_a, name) - measure(ranks_b, name)
-    low, high = _percentile_interval(difference, n_resamples=2000, seed=seed, level=.95)
-    return dict(value=float(difference.mean()), ci_low=float(low), ci_high=float(high), n=n)
+    if n < 2: raise ValueError(f'an interval needs at least 2 articles, not {n}')
+    return mean_interval(measure(ranks_a, name) - measure(ranks_b, name), seed)
 
 # %% ../../nbs/ranking/02_metrics.ipynb #compare-ranks
 @dataclass(frozen=True)
@@ -205,3 +215,13 @@ def holm(
     stepped = [p_values[test]*(len(p_values) - step) for step, test in enumerate(order)]
     raised = np.minimum(1, np.maximum.accumulate(stepped))
     return [float(raised[place]) for place in np.argsort(order)]
+
+# %% ../../nbs/ranking/02_metrics.ipynb #clear-sign
+def clear_sign(
+    ci_low: float,  # of the 95 % interval of a difference
+    ci_high: float,  # of it
+    p: float,  # of its test, corrected where several are read together
+) -> int:  # 1 above 0, -1 below, 0 not told apart from it
+    "Which way a difference goes, where interval and p value agree that it does"
+    if p >= .05 or ci_low <= 0 <= ci_high: return 0
+    return 1 if ci_low > 0 else -1
