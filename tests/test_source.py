@@ -100,12 +100,43 @@ def test_stored_outputs_tell_nothing_of_the_machine_that_made_them(path):
     assert re.findall(r'/(?:tmp|home|root|Users|private|var/folders)/[\w.-]+|\\u001b\[[\d;]*m', shown) == []
 
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if re.match(r'1\d_', p.name)], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem in METHODS], ids=lambda p: p.stem)
 def test_method_notebook_declares_the_core_parameters(path):
     from newsrepro.study.registry import CORE, notebook_parameters
     parameters = notebook_parameters(path)
     assert set(CORE) <= set(parameters)
     assert [name for name, parameter in parameters.items() if not parameter.help] == []
+
+
+def assigned(tree: ast.Module) -> set[str]:
+    "Names that a cell sets beside what it defines within functions, classes and comprehensions."
+    scopes = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp,
+              ast.GeneratorExp)
+    found, open_nodes = set(), list(tree.body)
+    while open_nodes:
+        node = open_nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef): found.add(node.name)
+        if isinstance(node, scopes): continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): found.add(node.id)
+        if isinstance(node, ast.alias): found.add(node.asname or node.name.split('.')[0])
+        open_nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def test_assigned_names_are_found():
+    source = 'import a.b\nfrom c import d as e\nfor f, g in h: i = [j for j in k]\ndef l(m): n = 1'
+    assert assigned(ast.parse(source)) == set('aefgil')
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem in METHODS], ids=lambda p: p.stem)
+def test_no_cell_changes_a_parameter(path):
+    code = [cell for cell in cells(path) if cell['cell_type'] == 'code']
+    trees = {cell['id']: ast.parse(''.join(cell['source'])) for cell in code}
+    declared = next(cell['id'] for cell in code if 'parameters' in cell['metadata'].get('tags', []))
+    parameters = assigned(trees.pop(declared))
+    assert {'profile', 'seed'} <= parameters
+    assert {id: sorted(assigned(tree) & parameters) for id, tree in trees.items()
+            if assigned(tree) & parameters} == {}
 
 
 def test_notebooks_run():
