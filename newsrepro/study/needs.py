@@ -248,9 +248,9 @@ class Work:
         return Work(*(one + two for one, two in zip(asdict(self).values(), asdict(other).values())))
 
 # %% ../../nbs/study/24_needs.ipynb #work-encoding
-# a pair of 40 tokens and 200 patches; an article of 170 tokens, six beams: by arithmetic, not measured
+# a pair of 40 tokens and 200 patches; a German article of 75 word pieces, six beams: by arithmetic
 VILT_GFLOPS = {'paper': 43., 'mini': .2}
-MARIAN_GFLOPS = {'paper': 200., 'mini': 3.}
+MARIAN_GFLOPS = {'paper': 50., 'mini': 3.}
 
 def encoding(
     name: str,  # of a CLIP model
