@@ -225,3 +225,16 @@ def test_a_parameter_out_of_range_is_refused_in_the_plan(given, said, tmp_path):
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
     assert said in done.stderr, done.stderr
     assert not (tmp_path/'out').exists()
+
+
+def test_an_article_of_2021_and_a_set_of_2022_go_together(tmp_path):
+    "Each notebook is held against the collection of its own paper."
+    from newsrepro.data.layouts import read_collection
+    from newsrepro.study.study import mini_root
+    pairs = read_collection(mini_root()/'newsimages2021').pairs
+    article = pairs.article_id[pairs.split == 'test'].iloc[-1]
+    done = newsrepro('reproduce', '--dry-run', '--json', '--out', tmp_path/'out',
+                     '--set', f'10_vilt.example={article}', '--set', '13_wise_ft.option_sets=RSS')
+    assert done.returncode == 0, done.stderr
+    states = {row['name']: row['state'] for row in json.loads(done.stdout)['notebooks']}
+    assert states['10_vilt'] == states['13_wise_ft'] == 'never run'
