@@ -428,7 +428,7 @@ def test_interrupted_it_writes_its_report(slow, tmp_path):
     second = started(slow, folder)  # while the first is at work
     assert (second.communicate()[1].count('\n'), second.returncode) == (1, 2)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=20)
+    out, err = run.communicate(timeout=60)
     assert (run.returncode, out, err.count('\n')) == (130, '', 1) and 'interrupted' in err
     rows = by_id(folder)
     assert len(rows) == 2000 and not (folder/JOURNAL).exists()

@@ -32,10 +32,10 @@ weights: str = ''  # folder of checkpoints
 WRITE = '''from pathlib import Path
 (Path(out_dir)/'tables').mkdir(exist_ok=True)
 _ = (Path(out_dir)/'tables'/'{0}.csv').write_text(f'value\\n{{{1}}}\\n')'''
-SLEEP = 'import time; time.sleep(.3)'
+SLEEP = 'import time; time.sleep(pause)'
 SOURCES = {
     '1_square': (CORE + 'side: int = 3  # length of the side', WRITE.format('square', 'side**2')),
-    '2_double': (CORE + 'factor: float = 2.0  # by which', SLEEP, SLEEP,
+    '2_double': (CORE + 'factor: float = 2.0  # by which\npause: float = 0.3  # seconds', SLEEP, SLEEP,
                  WRITE.format('double', 'factor*seed')),
     '3_broken': (CORE + 'zero: int = 0  # what to divide by', 'x = 1\n' + WRITE.format('early', 'x'),
                  'x/zero', WRITE.format('broken', 'x')),
@@ -255,9 +255,9 @@ def test_resumes_after_kill_9_at_any_moment(command, newsrepro, study, tmp_path)
 
 def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):
     out = tmp_path/'report'
-    words = command('reproduce', '--only', '2_double', '--out', out)
+    words = command('reproduce', '--only', '2_double', '--set', '2_double.pause=60.0', '--out', out)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (out/'.state'/'running'/'1_square.json').exists())
+    wait_for(lambda: (out/'.state'/'running'/'2_double.json').exists())
     # another command on the same report is refused meanwhile
     second = newsrepro('reproduce', '--only', '1_square', '--out', out)
     assert second.returncode == 2 and 'at work there' in second.stderr and second.stderr.count('\n') == 1

@@ -255,7 +255,7 @@ def _parquet(path: Path):
     with readable(path), path.open('rb') as file:
         try: yield file
         except ImportError as e:
-            raise InputError(f'{path}: Parquet needs pyarrow (pip install pyarrow); CSV and TSV do not') from e
+            raise InputError(f'{path}: Parquet needs pyarrow (pip install pyarrow), CSV nothing') from e
         except Exception as e: # engines raise anything
             raise InputError(f'{path}: not a Parquet file: {e}') from e
 
