@@ -134,7 +134,8 @@ def mean_interval(
 ) -> dict[str, float]:  # value, ci_low, ci_high (95 %), n: columns of a table
     "The mean with its bootstrap interval, which is NaN for fewer than two values, as the mean is for none"
     if len(values) < 2:
-        return dict(value=float(values[0]) if len(values) else np.nan, ci_low=np.nan, ci_high=np.nan, n=len(values))
+        value = float(values[0]) if len(values) else np.nan
+        return dict(value=value, ci_low=np.nan, ci_high=np.nan, n=len(values))
     low, high = _percentile_interval(np.asarray(values, dtype=float), n_resamples=2000, seed=seed, level=.95)
     return dict(value=float(np.mean(values)), ci_low=float(low), ci_high=float(high), n=len(values))
 

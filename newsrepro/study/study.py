@@ -230,7 +230,7 @@ def measure_rows(ranks: np.ndarray,  # (n,) 1-based rank of the truth, 0 = not a
 # %% ../../nbs/study/06a_study.ipynb #draw-rows
 def draw_rows(ranks: Sequence[np.ndarray],  # one of each draw, as of `measure_rows`
               metrics: Mapping[str, str],  # the table's word -> measure
-              summary: Callable[[list[float]], Mapping[str, float]],  # a mean a draw -> value, ci_low, ci_high
+              summary: Callable[[list[float]], Mapping[str, float]],  # a mean a draw -> value, interval
               **labels  # dataset, split, run, checkpoint, n
              ) -> list[dict]:
     "One tidy row a metric, over all draws."
