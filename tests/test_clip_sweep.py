@@ -156,5 +156,5 @@ def test_without_test_truth(folder, tmp_path):
             assert len((out/'runs'/f'{run}.tsv').read_text().splitlines()) == 1 + 7, run
     cells = json.loads((out/'notebooks'/'12_fine_tune.ipynb').read_text())['cells']
     printed = ''.join(''.join(one.get('text', '')) for cell in cells for one in cell.get('outputs', []))
-    for words in ('vu2022-table-2: skipped', 'vu2022-extra-gain: skipped', 'nothing held out'):
+    for words in ('vu2022-table-2: left out', 'vu2022-extra-gain: left out', 'nothing held out'):
         assert words in printed

@@ -86,13 +86,13 @@ def test_missing_images(share):
 
 def test_temperature_is_chosen_by_quality():
     cases = [make_case(seed=seed) for seed in range(3)]
-    chosen = choose_temperature(cases, CORRECTIONS['dual softmax'])
+    chosen = choose_temperature(cases, 'dual softmax')
     found = lambda case, T: ranks_by_score(case.pool, dual_softmax(case.scores, T))
     value = lambda T: np.mean([(1/found(case, T)).mean() for case in cases])
     assert value(chosen) == max(map(value, TEMPERATURES))
-    plain = CORRECTIONS['plain']
-    assert choose_temperature(cases, plain) == max(TEMPERATURES)  # no difference: the one that corrects least
-    with pytest.raises(InputError, match='no pool'): choose_temperature([], plain)
+    # no difference: the one that corrects least
+    assert choose_temperature(cases, 'plain') == max(TEMPERATURES)
+    with pytest.raises(InputError, match='no pool'): choose_temperature([], 'plain')
 
 
 def test_transductive_is_marked():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newsrepro.core.base import InputError
-from newsrepro.ranking.metrics import (MEASURES, holm, measure, rank_by_score, rank_of_truth, summarise,
-                                       tie_order)
+from newsrepro.ranking.metrics import MEASURES, holm, measure, mrr_bounds, rank_of_truth, summarise, tie_order
+from newsrepro.ranking.pool import Pool, ranks_by_score, scored_lists
 
 steady = settings(deadline=None, derandomize=True)
 
@@ -74,8 +74,8 @@ def test_equal_scores_favour_no_image(seed, levels):
     n = 211
     scores = rng.integers(0, levels, (n, n))
     names = [f'{x:x}' for x in rng.permutation(10**6)[:n]]
-    lists = rank_by_score(scores, names, depth=n)
-    ranks = rank_of_truth(dict(enumerate(lists.tolist())), {i: i for i in range(n)}, depth=n)
+    pool = Pool.of(range(n), names, dict(enumerate(names)))
+    ranks = ranks_by_score(pool, scores[:, pool.order], depth=n)
     # ranks of a blind scorer are uniform over 1..n; five standard errors of their mean
     for part in (ranks, ranks[:n // 2], ranks[n // 2:]):
         assert abs(part.mean() - (n + 1) / 2) < 5 * n / (12 * len(part))**.5
@@ -91,9 +91,10 @@ def test_ranx_agrees(seed):
     truth = {a: images[j] for a, j in zip(articles, rng.permutation(m))}
     scores = rng.integers(0, 9, (n, m)).astype(float)
     scores[np.arange(n), [images.index(i) for i in truth.values()]] += rng.integers(0, 4, n)
-    lists = rank_by_score(scores, images, depth=m)
+    pool = Pool.of(articles, images, truth)
+    lists = scored_lists(pool, scores[:, pool.order], m)
     lengths = rng.choice([0, 1, 7, 99, 100, m], n)
-    retrieved = {a: [images[j] for j in row[:k]] for a, row, k in zip(articles, lists, lengths) if k}
+    retrieved = {a: lists[a][:k] for a, k in zip(articles, lengths) if k}
     assert len(retrieved) < n and any(len(x) < 100 for x in retrieved.values())
 
     qrels = ranx.Qrels({a: {i: 1} for a, i in truth.items()})
@@ -131,3 +132,16 @@ def test_holm_rejects_what_the_procedure_rejects():
                 rejected.add(value)
                 left -= 1
             assert {value for value, corrected in zip(p, holm(p)) if corrected < level} == rejected
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_reciprocal_ranks_lie_within_their_bounds(seed):
+    "Which are reached: by ranks at the depths themselves, and right behind the depths before."
+    ranks = np.random.default_rng(seed).integers(0, 200, 97)
+    value = lambda name, own: measure(own, name).mean()
+    low, high = mrr_bounds({k: value(f'R@{k}', ranks) for k in (1, 5, 10, 50, 100)})
+    assert low <= value('MRR@100', ranks) <= value('MRR', ranks) <= high
+    depths = np.array([1, 5, 10, 50, 100, 0])
+    ends = np.searchsorted(depths[:5], np.where(ranks == 0, 1000, ranks))
+    assert value('MRR', depths[ends]) == pytest.approx(low, abs=1e-12)
+    assert value('MRR', np.array([1, 2, 6, 11, 51, 101])[ends]) == pytest.approx(high, abs=1e-12)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'make_recipe', 'what_is_kept', 'DecodedPool', 'load_pool',
-           'reading', 'pool_pairs', 'part_of_pool', 'embed_pool', 'search', 'checkpoint_config', 'save_fine_tuned',
-           'check_config', 'load_fine_tuned', 'model_key', 'train_copy', 'fine_tune', 'label']
+           'reading', 'pool_pairs', 'part_of_pool', 'pools_reading', 'embed_pool', 'search', 'search_parts',
+           'checkpoint_config', 'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key', 'train_copy',
+           'fine_tune', 'label']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #imports
 import copy, json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,6 +29,7 @@ from ..models.encoding import encode_pictures, encode_tokens
 from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
 from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, identity, load_pairs,
                                     normaliser, settle, train, training_key)
+from ..ranking.metrics import rank_of_truth
 from ..ranking.pool import Pool, ranked
 from ..study.registry import Choice
 from ..text.cleaning import clean_all
@@ -151,6 +154,17 @@ def part_of_pool(pool: DecodedPool,  # that holds the part's articles and images
                         image_ids=tuple(pool.image_ids[column] for column in columns))
     return reading(found, [text[article] for article in part.articles.article_id], backbone)
 
+# %% ../../nbs/methods/12_fine_tune.ipynb #pools-reading
+def pools_reading(pools: Mapping[str, DecodedPool],  # of one set: 'train', 'test', and maybe 'validation'
+                  texts: Mapping[str, Sequence[str]],  # of 'train' and 'test', one an article
+                  backbone: Backbone  # says the tokenizer
+                 ) -> dict[str, DecodedPool]:
+    "The pools of a set with other texts, the held-out ones out of those of 'train'."
+    own = dict(zip(pools['train'].pool.articles, texts['train'], strict=True))
+    held = {'validation': [own[article] for article in pools['validation'].pool.articles]} \
+        if 'validation' in pools else {}
+    return {part: reading(pools[part], written, backbone) for part, written in (dict(texts) | held).items()}
+
 # %% ../../nbs/methods/12_fine_tune.ipynb #embed-pool
 def embed_pool(encoder: Encoder,  # of the pool's architecture
                pool: DecodedPool,  # to be encoded
@@ -168,6 +182,20 @@ def search(encoder: Encoder,  # of the pool's architecture
           ) -> dict[str, list[str]]:  # article id -> image ids, best first
     "For each article of the pool its `k` nearest images."
     return ranked(pool.pool, *embed_pool(encoder, pool), k, encoder.device)
+
+# %% ../../nbs/methods/12_fine_tune.ipynb #search-parts
+def search_parts(encoders: Mapping[str, Encoder],  # run -> one of the pools' architecture
+                 pools: Mapping[str, DecodedPool]  # part -> pool, 'test' among them
+                ) -> tuple[dict[tuple[str, str], np.ndarray],  # (part, run) -> ranks, where truth is known
+                           dict[str, dict[str, list[str]]]]:  # run -> article of the test part -> 100 images
+    "Search every pool with every encoder; ranks count however deep they are."
+    ranks, lists = {}, {}
+    for (run, encoder), (part, pool) in product(encoders.items(), pools.items()):
+        nearest = search(encoder, pool, k=len(pool.pixels))
+        truth = pool.pool.truth
+        if len(truth) > 1: ranks[part, run] = rank_of_truth(nearest, truth, depth=None)
+        if part == 'test': lists[run] = {article: images[:100] for article, images in nearest.items()}
+    return ranks, lists
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #save-fine-tuned
 WEIGHTS, CONFIG = 'open_clip_model.safetensors', 'open_clip_config.json'

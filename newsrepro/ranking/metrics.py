@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'rank_of_truth', 'reciprocal_rank', 'hit', 'parse_measure', 'measure', 'summarise', 'found', 'chance',
-           'tie_order', 'rank_by_score', 'mean_interval', 'confidence_intervals', 'paired_randomisation_test',
+           'mrr_bounds', 'tie_order', 'mean_interval', 'confidence_intervals', 'paired_randomisation_test',
            'paired_interval', 'Comparison', 'compare_ranks', 'holm', 'clear_sign']
 
 # %% ../../nbs/ranking/02_metrics.ipynb #imports
@@ -95,6 +95,18 @@ def chance(
     "Expected value of a measure when the `n` images of the pool stand in random order"
     return float(measure(np.arange(1, n + 1), name).mean())
 
+# %% ../../nbs/ranking/02_metrics.ipynb #mrr-bounds
+def mrr_bounds(
+    recall: Mapping[int, float],  # K -> R@K
+) -> tuple[float, float]:  # lowest and highest
+    "The MRR that recalls allow"
+    depths = sorted(recall)
+    reached = [0., *(recall[k] for k in depths), 1.]
+    shares = np.diff(reached)  # found up to each depth and not before; the last beyond all of them
+    low = sum(share/k for share, k in zip(shares, depths))
+    high = sum(share/(k + 1) for share, k in zip(shares, [0, *depths]))
+    return float(low), float(high)
+
 # %% ../../nbs/ranking/02_metrics.ipynb #tie-order
 def tie_order(
     ids: Sequence[str],  # candidates' ids, distinct
@@ -102,20 +114,6 @@ def tie_order(
     "Order of candidates by a hash of their ids: in it equal scores are listed, wherever they are stored"
     digest = {i: blake2b(str(i).encode('utf-8', 'surrogatepass'), digest_size=8).digest() for i in ids}
     return np.array(sorted(range(len(ids)), key=lambda j: (digest[ids[j]], ids[j])), dtype=np.int64)
-
-# %% ../../nbs/ranking/02_metrics.ipynb #rank-by-score
-def rank_by_score(
-    scores: np.ndarray,  # (n queries, n candidates), higher is better
-    ids: Sequence[str],  # candidates' ids, distinct
-    depth: int = 100,  # candidates kept per query
-) -> np.ndarray:  # int64 (n queries, min(depth, n candidates)): columns of `scores`, best first
-    "Best candidates of each query, equal scores in `tie_order`; ValueError for NaN or a wrong shape"
-    scores = np.asarray(scores, dtype=float)
-    if scores.ndim != 2 or scores.shape[1] != len(ids):
-        raise ValueError(f'scores of shape {scores.shape} do not fit {len(ids)} candidates')
-    if np.isnan(scores).any(): raise ValueError('scores hold NaN, which has no rank')
-    order = tie_order(ids)
-    return order[np.argsort(-scores[:, order], axis=1, kind='stable')[:, :depth]]
 
 # %% ../../nbs/ranking/02_metrics.ipynb #intervals
 def _percentile_interval(
@@ -193,6 +191,10 @@ class Comparison:
     difference: float  # `a` - `b`
     ci95: tuple[float, float]  # of `difference`
     p_value: float  # two-sided, of the paired randomisation test
+
+    def __str__(self):
+        "The difference with its interval."
+        return f'{self.difference:+.3f} [{self.ci95[0]:+.3f}, {self.ci95[1]:+.3f}]'
 
 # %% ../../nbs/ranking/02_metrics.ipynb #compare-ranks-compare-ranks
 def compare_ranks(

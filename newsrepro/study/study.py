@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OFFICIAL_SIZES', 'COLUMNS', 'Settings', 'settings', 'mini_root', 'resolve_data', 'Sources', 'open_sources',
            'data_departures', 'departures_of', 'write_provenance', 'without_truth', 'leave_out', 'tidy_table',
-           'measure_rows', 'markdown_table', 'checkpoints_note', 'dagger_note', 'table_note', 'write_table', 'run_file',
-           'save_run', 'write_figure', 'draw_curve']
+           'measure_rows', 'draw_rows', 'comparison_rows', 'check_measures', 'markdown_table', 'checkpoints_note',
+           'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run', 'write_figure', 'draw_curve']
 
 # %% ../../nbs/study/06a_study.ipynb #imports
 import hashlib, re, tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from ..core.base import (PACKAGE, InputError, atomic_path, cache_dir, notebooks_
                                  write_json)
 from ..data.collection import Collection
 from ..data.layouts import read_collection
-from ..ranking.metrics import confidence_intervals, measure
+from ..ranking.metrics import Comparison, confidence_intervals, measure, mrr_bounds
 from ..models.store import EmbeddingStore
 from .registry import (CORE, COUNTS, PAPER_LAYOUT, PROFILES, Notebook, check_value,
                                       command_line, notebook_named, notebook_parameters, parameter_departures,
@@ -226,6 +226,40 @@ def measure_rows(ranks: np.ndarray,  # (n,) 1-based rank of the truth, 0 = not a
         return dict(metric=metric, value=float(measure(ranks, name).mean()), ci_low=low, ci_high=high,
                     n=len(ranks))
     return [labels | row(metric, name) for metric, name in names.items()]
+
+# %% ../../nbs/study/06a_study.ipynb #draw-rows
+def draw_rows(ranks: Sequence[np.ndarray],  # one of each draw, as of `measure_rows`
+              metrics: Mapping[str, str],  # the table's word -> measure
+              summary: Callable[[list[float]], Mapping[str, float]],  # a mean a draw -> value, interval
+              **labels  # dataset, split, run, checkpoint, n
+             ) -> list[dict]:
+    "One tidy row a metric, over all draws."
+    means = lambda name: [measure(own, name).mean() for own in ranks]
+    return [labels | dict(metric=metric) | summary(means(name)) for metric, name in metrics.items()]
+
+# %% ../../nbs/study/06a_study.ipynb #comparison-rows
+def comparison_rows(compared: Comparison,  # of two runs
+                    difference: str,  # the table's word for what they differ by
+                    p_values: Mapping[str, float],  # the table's word -> p
+                    **labels  # dataset, split, run, checkpoint
+                   ) -> list[dict]:
+    "The difference with its interval, then a row for each p."
+    low, high = compared.ci95
+    labels = labels | dict(n=compared.n)
+    return [labels | dict(metric=difference, value=compared.difference, ci_low=low, ci_high=high),
+            *(labels | dict(metric=name, value=p) for name, p in p_values.items())]
+
+# %% ../../nbs/study/06a_study.ipynb #check-measures
+def check_measures(table: pd.DataFrame  # as `tidy_table` returns; other metrics than MRR and R@K are let be
+                  ) -> None:
+    "Recall grows with K, and MRR is one that the recalls allow; raises `ValueError` naming the run."
+    for run, own in table.groupby(['dataset', 'split', 'run']):
+        value = dict(zip(own.metric, own.value))
+        recall = {int(name[2:]): value[name] for name in value if name.startswith('R@')}
+        rising = [recall[k] for k in sorted(recall)]
+        low, high = mrr_bounds(recall)
+        inside = [low - 1e-9 <= value[name] <= high + 1e-9 for name in ('MRR', 'MRR@100') if name in value]
+        if rising != sorted(rising) or not all(inside): raise ValueError(f'{run}: measures do not agree')
 
 # %% ../../nbs/study/06a_study.ipynb #markdown
 def _cell(row: pd.Series) -> str:
