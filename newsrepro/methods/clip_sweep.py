@@ -96,19 +96,15 @@ def draw_by_cost(ax: Axes,  # of matplotlib
                  points: pd.DataFrame,  # a row a backbone: run, value, ci_low, ci_high, and `column`
                  column: str  # what the backbone costs
                 ) -> None:
-    "Quality with its interval against cost, ResNets and ViTs in a colour each, every backbone by its name."
-    family = points.run.str.startswith('RN').map({True: 'ResNet', False: 'ViT'})
-    for colour, (name, group) in zip(sns.color_palette('deep'), points.groupby(family)):
+    "A line a backbone, the cheapest lowest: name and cost, quality with its interval, a colour a family."
+    ordered = points.sort_values(column, ignore_index=True)
+    family = ordered.run.str.startswith('RN').map({True: 'ResNet', False: 'ViT'})
+    for colour, (name, group) in zip(sns.color_palette('deep'), ordered.groupby(family)):
         ends = [group.value - group.ci_low, group.ci_high - group.value]
-        ax.errorbar(group[column], group.value, yerr=ends, fmt='o', color=colour, capsize=3, label=name)
-    for i, row in enumerate(points.sort_values(column).itertuples()):
-        height = (6, -12, 22)[i % 3]  # neighbours get different ones, or their names would overlap
-        ax.annotate(row.run, (getattr(row, column), row.value), xytext=(5, height),
-                    textcoords='offset points', fontsize=8)
-    ax.set(xscale='log')
-    ax.margins(x=.15)
-    for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): formatter('{x:g}')
-    ax.legend(loc='upper right', frameon=False)
+        ax.errorbar(group.value, group.index, xerr=ends, fmt='o', color=colour, capsize=3, label=name)
+    names = [f'{run}  {cost:.3g}' for run, cost in zip(ordered.run, ordered[column])]
+    ax.set_yticks(ordered.index, names)
+    ax.legend(frameon=False)
 
 # %% ../../nbs/methods/11_clip_sweep.ipynb #comparisons
 COMPARISONS = (  # the backbone that the paper finds better, the other, what it stands for

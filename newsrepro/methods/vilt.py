@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'RECIPES', 'PRESETS', 'FIELDS', 'VARIANTS', 'stated_fields
            'starting_points', 'NewsSet', 'training_parts', 'load_news_set', 'Training', 'trainings', 'pairs_to_score',
            'bill_of', 'learned', 'draw_training', 'accuracy_rows', 'Ranker', 'first_hundred', 'told_apart',
            'difference_rows', 'reordered', 'rerank_runs', 'halved_sample', 'size_run', 'word_pieces_of', 'word_heat',
-           'figure_panel', 'longest_word', 'chosen_example']
+           'figure_panel', 'longest_word', 'chosen_example', 'title_apart']
 
 # %% ../../nbs/methods/10_vilt.ipynb #imports
 import re
@@ -414,3 +414,11 @@ def chosen_example(asked: str,  # the parameter `example`
     if asked and asked not in found: raise InputError(f'example {asked!r}: not among the sampled articles')
     seen = (article for article, images in found.items() if truth[article] in images[:5])
     return asked or next(seen, next(iter(found)))
+
+# %% ../../nbs/methods/10_vilt.ipynb #title-apart
+def title_apart(title: str,  # of an article
+                text: str  # what is read of it; it may begin with the title
+               ) -> str:  # as long as `text`
+    "The text with a line end behind the title, so that a figure shows where the body begins."
+    head = ' '.join(title.split())
+    return f'{head}\n{text[len(head) + 1:]}' if text.startswith(head + ' ') else text

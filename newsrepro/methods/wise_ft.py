@@ -403,16 +403,16 @@ def claim_lines(table: pd.DataFrame,  # of `end_rows`, one part
 # %% ../../nbs/methods/13_wise_ft.ipynb #draw-cases
 MODELS = ('zero-shot', 'fine-tuned', 'WISE-FT')
 
-def caption(text: str,  # of an article
+def caption(text: str,  # an article's title
             ranks: Sequence[int],  # under the three models, 0 = not among the first hundred
             width: int = 48  # letters a line
            ) -> str:
-    "The beginning of the text in at most three lines, then the ranks."
+    "The title in at most three lines, then the ranks."
     lines = textwrap.fill(textwrap.shorten(tag_emoji(text), 3*width), width)
     return f'{lines}\nrank: ' + ' · '.join(f'{name} {rank or "> 100"}' for name, rank in zip(MODELS, ranks))
 
 # %% ../../nbs/methods/13_wise_ft.ipynb #draw-cases-function
-Case = tuple[str, str, Sequence[int]]  # text, path of the picture, ranks under the three models
+Case = tuple[str, str, Sequence[int]]  # title, path of the picture, ranks under the three models
 
 def _draw_case(axis, case, width):
     text, path, ranks = case
@@ -429,10 +429,11 @@ def draw_cases(columns: Mapping[str, Sequence[Case]],  # by heading
     rows = max(1, *map(len, columns.values()))
     figure = Figure(figsize=(3.2*len(columns), 2.5*rows + .7), layout='constrained')
     axes = figure.subplots(rows, len(columns), squeeze=False)
-    for axis in axes.flat: axis.set_axis_off()
+    for axis in axes.flat:
+        axis.set_axis_off()
+        axis.set_anchor('N')  # headings and pictures of a row at one height
     for column, (heading, pairs) in zip(axes.T, columns.items()):
-        place = dict(xycoords='axes fraction', ha='center', va='bottom')
-        column[0].annotate(heading, (.5, 1.02), **place, weight='bold', fontsize=8)
+        column[0].set_title(heading, weight='bold', fontsize=8)
         if not pairs: column[0].text(.5, .5, 'no such pair', ha='center', style='italic')
         for axis, case in zip(column, pairs): _draw_case(axis, case, width)
     figure.suptitle(title, fontsize=9)

@@ -187,9 +187,10 @@ def _known() -> frozenset[int]: return frozenset(get_font(lettering().get_file()
 
 def drawable(text: str  # of any letters
             ) -> str:  # of the same length
-    "`text` with ▯ for letters that the font lacks and a blank for each white space."
-    letter_of = lambda letter: ' ' if letter.isspace() else letter if ord(letter) in _known() else '▯'
-    return ''.join(map(letter_of, text))
+    "`text` with ▯ for letters that the font lacks and a blank for each white space that ends no line."
+    letter_of = lambda letter: letter if ord(letter) in _known() else '▯'
+    blank_of = lambda letter: letter if letter == '\n' else ' '
+    return ''.join(blank_of(letter) if letter.isspace() else letter_of(letter) for letter in text)
 
 def width_of(text: str  # one line
             ) -> float:  # inches
@@ -201,10 +202,11 @@ def width_of(text: str  # one line
 def wrap(text: str,  # of any length
          width: float  # inches
         ) -> list[tuple[int, int]]:  # start and end of each line
-    "Lines of at most `width`, broken between words and within very long ones."
+    "Lines of at most `width`, broken at line ends, between words and within very long ones."
     lines = []
     for token in re.finditer(r'\S{1,30}', text):
-        fits = lines and width_of(text[lines[-1][0]:token.end()]) <= width
+        begun = lines and '\n' not in text[lines[-1][1]:token.start()]
+        fits = begun and width_of(text[lines[-1][0]:token.end()]) <= width
         if fits: lines[-1] = lines[-1][0], token.end()
         else: lines.append(token.span())
     return lines
