@@ -613,8 +613,9 @@ def test_the_fingerprint_knows_content_and_not_place(plain, tmp_path, change):
 # ---- splits ----
 
 def many(root, name, n):
-    write(root/name/f'{name}_train.tsv', [LINKED, *[[i, i, '', '', f'{i}', '', f'title {i}', 'text',
-                                                     f'{i}.png', f'2022-01-{i%28+1:02}'] for i in range(n)]])
+    rows = [[i, i, '', '', f'{i}', '', f'title {i}', 'text', f'{i}.png', f'2022-01-{i%28+1:02}']
+            for i in range(n)]
+    write(root/name/f'{name}_train.tsv', [LINKED, *rows])
     picture(root/name/'images'/'0.png', size=(1, 1))
     for i in range(1, n): shutil.copy(root/name/'images'/'0.png', root/name/'images'/f'{i}.png')
     return root
