@@ -1,7 +1,8 @@
 """Makes the shipped reference from a finished mini study: `python .ci/renew_reference.py [REPORT]`, then
 look at `git diff` and commit.
 
-The tables, figures, manifest and page go to `reports/reference`; the outputs of the executed notebooks go into `nbs`."""
+The tables, figures, manifest and page go to `reports/reference`; the outputs of the executed notebooks
+go into `nbs`."""
 import base64
 import io
 import json

@@ -2,9 +2,10 @@
 
     python benchmarks/cleaning.py [DIR] [--language de] [--repeats 3]
 
-Each preset runs in a process of its own, so that its peak memory is its own; repetitions of the presets are interleaved and medians
-reported, per second of processor time (one thread). `first` is the first pass, which loads word lists; `again` has them. `no memo` forgets every remembered word before each text
-(on a sample). Without DIR the generated mini collection is read.
+Each preset runs in a process of its own, so that its peak memory is its own; repetitions of the presets are
+interleaved and medians reported, per second of processor time (one thread). `first` is the first pass, which
+loads word lists; `again` has them. `no memo` forgets every remembered word before each text (on a sample).
+Without DIR the generated mini collection is read.
 """
 import argparse
 import json
@@ -16,8 +17,8 @@ import time
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**(2 if sys.platform == 'darwin'
-                                                                       else 1)  # MB
+    megabyte = 1024**(2 if sys.platform == 'darwin' else 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/megabyte
 
 
 def read_texts(folder: str) -> list[str]:
@@ -60,17 +61,20 @@ def main():
     presets, rows = options.presets.split(','), {}
     for _ in range(options.repeats):
         for preset in presets:
-            command = [sys.executable, __file__, options.folder, '--language', options.language, '--one',
-                       preset]
-            rows.setdefault(preset,
-                            []).append(json.loads(subprocess.run(command, capture_output=True, text=True,
-                                                                 check=True).stdout.splitlines()[-1]))
+            command = [sys.executable, __file__, options.folder, '--language', options.language]
+            done = subprocess.run([*command, '--one', preset], capture_output=True, text=True, check=True)
+            rows.setdefault(preset, []).append(json.loads(done.stdout.splitlines()[-1]))
     median = lambda preset, name: statistics.median(row[name] for row in rows[preset])
     print(f"{rows[presets[0]][0]['texts']} texts, language {options.language}, median of {options.repeats}\n")
-    print('| steps | first, texts/s | again, texts/s | no memo, texts/s | memo, times faster | memory added, MB | peak, MB | words remembered | characters left |\n|---|---|---|---|---|---|---|---|---|')
+    print('| steps | first, texts/s | again, texts/s | no memo, texts/s | memo, times faster '
+          '| memory added, MB | peak, MB | words remembered | characters left |\n'
+          '|---|---|---|---|---|---|---|---|---|')
     for preset in presets:
-        print(f"| {preset} | {median(preset, 'first'):.0f} | {median(preset, 'again'):.0f} | {median(preset, 'no memo'):.0f} | {median(preset, 'again')/median(preset, 'no memo'):.1f} "
-              f"| {median(preset, 'MB'):.0f} | {median(preset, 'peak'):.0f} | {median(preset, 'remembered'):.0f} | {median(preset, 'characters'):.0%} |")
+        faster = median(preset, 'again')/median(preset, 'no memo')
+        print(f"| {preset} | {median(preset, 'first'):.0f} | {median(preset, 'again'):.0f} "
+              f"| {median(preset, 'no memo'):.0f} | {faster:.1f} "
+              f"| {median(preset, 'MB'):.0f} | {median(preset, 'peak'):.0f} "
+              f"| {median(preset, 'remembered'):.0f} | {median(preset, 'characters'):.0%} |")
 
 
 if __name__ == '__main__': main()

@@ -1,8 +1,9 @@
 """Images a second of `fetch_images` and of a plain httpx loop, from the same loopback server, by turns.
 
-The server is a process of its own and delays each answer, so that it sets the pace (`--delay 0`: as fast as it can).
-The plain loop checks nothing: it has as many requests open and writes what it gets. `fetch_images` is the whole command,
-with reading the collection, the journal and the report; `download_all` is its engine, which decodes every image, too.
+The server is a process of its own and delays each answer, so that it sets the pace (`--delay 0`: as fast as
+it can). The plain loop checks nothing: it has as many requests open and writes what it gets. `fetch_images`
+is the whole command, with reading the collection, the journal and the report; `download_all` is its engine,
+which decodes every image, too.
 
     python benchmarks/fetch.py                    # 9,445 images, as many as the collection of 2021 has
     python benchmarks/fetch.py --rate 0 --delay 0 # how fast each can be
@@ -25,7 +26,8 @@ from PIL import Image
 SERVER = '''
 import asyncio, sys
 bodies = [open(path, 'rb').read() for path in sys.argv[3:]]
-answers = [b'HTTP/1.1 200 OK\\r\\nContent-Type: image/jpeg\\r\\nContent-Length: %d\\r\\n\\r\\n' % len(body) + body for body in bodies]
+opening = b'HTTP/1.1 200 OK\\r\\nContent-Type: image/jpeg\\r\\nContent-Length: %d\\r\\n\\r\\n'
+answers = [opening % len(body) + body for body in bodies]
 delay, rate = float(sys.argv[1]), float(sys.argv[2])
 
 class Server(asyncio.Protocol):
@@ -135,12 +137,14 @@ def main():
         finally: server.kill()
         size = statistics.mean(path.stat().st_size for path in root.glob('body*.jpg'))
     limit = f'{args.rate:g} a second' if args.rate else 'no limit'
-    print(f'{args.images} images of {size/1024:.1f} KiB, {args.jobs} at a time; server: {limit}, {args.delay:g} s a request; median of {args.repeats}; {os.cpu_count()} cores\n')
+    print(f'{args.images} images of {size/1024:.1f} KiB, {args.jobs} at a time; server: {limit}, '
+          f'{args.delay:g} s a request; median of {args.repeats}; {os.cpu_count()} cores\n')
     print('| | images/s | of the httpx loop | of the server | peak MiB |\n|---|---:|---:|---:|---:|')
     for kind in kinds:
         rate = args.images/statistics.median(seconds[kind])
         ratio = statistics.median(b/a for a, b in zip(seconds[kind], seconds['httpx loop']))
-        print(f"| {kind} | {rate:.0f} | {ratio:.2f} | {f'{rate/args.rate:.2f}' if args.rate else ''} | {max(peaks[kind]):.0f} |")
+        share = f'{rate/args.rate:.2f}' if args.rate else ''
+        print(f'| {kind} | {rate:.0f} | {ratio:.2f} | {share} | {max(peaks[kind]):.0f} |')
 
 
 if __name__ == '__main__': main()

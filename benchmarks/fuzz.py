@@ -48,8 +48,8 @@ def mutate(data: bytes, others: list[bytes], pieces: list[bytes], rng: random.Ra
     kind = rng.randrange(13)
     if kind == 0: return data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
     if kind == 1:
-        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at
-                                                                            + 1:] if at < len(data) else data
+        if at == len(data): return data
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
     if kind == 2: return data[:at]
     if kind == 3: return data[:at] + data[to:]
     if kind == 4: return data[:to] + data[at:to]*rng.choice([1, 1, 2, 9]) + data[to:]
@@ -226,9 +226,10 @@ def beside_picture(folder: Path) -> None:
 
 
 def collection_seeds() -> list[bytes]:
-    head = 'article_id,title,text,image_id,split,dataset,date,url,lang\n'
-    return [(head
-             + '1,Rain,It rains.,a,train,EU/US,2022-11-05,https://e.org/1,en\n2,Schnee,Es schneit.,b,test,EU/US,5.11.2022,,de\n').encode(),
+    full = ('article_id,title,text,image_id,split,dataset,date,url,lang\n'
+            '1,Rain,It rains.,a,train,EU/US,2022-11-05,https://e.org/1,en\n'
+            '2,Schnee,Es schneit.,b,test,EU/US,5.11.2022,,de\n')
+    return [full.encode(),
             b'article_id,title,image_id\n1,Rain,a\n2,Snow,b\n',
             b'article\ttitle\ttext\tiid\n512345678\tA\tB\ta\n512345679\tA\tB\tb\n',
             b'article_id,article_title,image_id,date_published\n1,A,a,2025-01-01\n2,B,b,2025-01-02\n']
@@ -242,11 +243,12 @@ def read_whole_collection(path: Path):
 
 def check_collection(found) -> None:
     collection, told = found
-    assert set(collection.articles.split) <= {'train', 'test'} and set(collection.images.status) <= {'ok',
-                                                                                                     'missing', 'broken', 'oversized', 'extreme', 'outside'}
+    assert set(collection.articles.split) <= {'train', 'test'}
+    states = {'ok', 'missing', 'broken', 'oversized', 'extreme', 'outside'}
+    assert set(collection.images.status) <= states
     assert sum(part['articles'] for part in told['splits'].values()) == len(collection.articles)
-    assert not collection.articles.duplicated(['dataset', 'split',
-                                               'article_id']).any() and all(collection.articles.article_id != '')
+    assert not collection.articles.duplicated(['dataset', 'split', 'article_id']).any()
+    assert all(collection.articles.article_id != '')
     assert all(map(is_text, told['problems'])) and len(collection.fingerprint) == 64
     json.dumps(told)
 
@@ -284,8 +286,10 @@ def check_weights(state) -> None:
 
 # reports
 
-ROWS = 'dataset,split,run,metric,value,ci_low,ci_high,n,published,difference,profile,data,checkpoint,seed,commit\n'
-TABLE = ROWS + 'RT,test,RN50,R@1,0.25,0.2,0.3,40,,,mini,x:1,c:1,0,abc\nRT,test,RN50,"p",0.04,,,40,0.5,-.46,mini,x:1,,0,abc\n'
+ROWS = ('dataset,split,run,metric,value,ci_low,ci_high,n,published,difference,'
+        'profile,data,checkpoint,seed,commit\n')
+TABLE = (ROWS + 'RT,test,RN50,R@1,0.25,0.2,0.3,40,,,mini,x:1,c:1,0,abc\n'
+         'RT,test,RN50,"p",0.04,,,40,0.5,-.46,mini,x:1,,0,abc\n')
 
 
 def read_report_table(path: Path):
@@ -464,8 +468,8 @@ def outcome_of(reader: Reader, path: Path,
     signal.setitimer(signal.ITIMER_REAL, TIME)
     try: value = reader.read(path)
     except InputError as error:
-        return ('refused', '') if len(str(error).splitlines()) == 1 else ('refused in several lines',
-                                                                          str(error)[:200])
+        if len(str(error).splitlines()) == 1: return 'refused', ''
+        return 'refused in several lines', str(error)[:200]
     except TooLong: return 'hangs', ''
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)
@@ -488,7 +492,8 @@ def work(name: str, first: int, end: int, seed: int, at, found) -> None:
     path.parent.mkdir(parents=True)
     reader.around(path.parent)
     for data in seeds_of(name)[:1]: outcome_of(reader, path, data)  # imports what it needs
-    used = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize() if Path('/proc').exists() else 0
+    pages = int(Path('/proc/self/statm').read_text().split()[0]) if Path('/proc').exists() else 0
+    used = pages*resource.getpagesize()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others talk of each damage
     if used: resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     counts = Counter()
@@ -560,14 +565,17 @@ def main() -> int:
         told = []
         for name, job in jobs.items():
             counts, findings = job.result()
-            print(f'| {name} | {wanted[name]:,} | {counts["value"]:,} | {counts["refused"]:,} | {len(findings):,} |', flush=True)
+            print(f'| {name} | {wanted[name]:,} | {counts["value"]:,} | {counts["refused"]:,} '
+                  f'| {len(findings):,} |', flush=True)
             bad, total = bad + len(findings), total + wanted[name]
             kinds = Counter((kind, where.partition(':')[0]) for _, kind, where in findings)
             for (kind, place), n in kinds.most_common():
                 number, where = next((number, where) for number, k, where in findings
                                      if (k, where.partition(':')[0]) == (kind, place))
-                told.append(f'{name}: {kind} ({n} times) {where}\n  {keep(args.out, name, number, args.seed)}')
-    print(f'\n{total:,} inputs, seed {args.seed}: {bad:,} neither a value nor refused; {time.time() - started:.0f} s in {args.jobs} processes')
+                kept = keep(args.out, name, number, args.seed)
+                told.append(f'{name}: {kind} ({n} times) {where}\n  {kept}')
+    print(f'\n{total:,} inputs, seed {args.seed}: {bad:,} neither a value nor refused; '
+          f'{time.time() - started:.0f} s in {args.jobs} processes')
     print(*told, sep='\n')
     return int(bool(bad))
 

@@ -88,12 +88,16 @@ def search(a):
             job()
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    per_round = lambda one, other, times: f'{statistics.median(x/(times*y) for x, y in zip(seconds[one], seconds[other])):.2f} of {times or ""} {other}'
+
+    def per_round(one, other, times):
+        ratio = statistics.median(x/(times*y) for x, y in zip(seconds[one], seconds[other]))
+        return f'{ratio:.2f} of {times or ""} {other}'
     ratios = {'bare product': '', 'dual softmax': per_round('dual softmax', 'bare product', 2)}
     for name in ('top-k', 'obvious top-k loop'):
         if 'FAISS IndexFlatIP' in jobs and name in jobs:
             ratios[name] = per_round(name, 'FAISS IndexFlatIP', 1)
-    print(f'{a.size:,} x {a.size:,} x {a.dim}, top {a.k}, temperature {a.temperature}, {a.device}, {torch.get_num_threads()} threads; '
+    print(f'{a.size:,} x {a.size:,} x {a.dim}, top {a.k}, temperature {a.temperature}, {a.device}, '
+          f'{torch.get_num_threads()} threads; '
           f'peak memory of dual softmax and top-k with their inputs {memory:.2f} GB')
     table([(name, median[name], ratios.get(name, '')) for name in jobs])
 
@@ -102,10 +106,8 @@ def assignment(a):
     cosines = unit_rows(a.assignment, a.dim, 0) @ unit_rows(a.assignment, a.dim, 1).T
     near = unit_rows(a.assignment, a.dim, 2)
     rows = []
-    for name, scores in (('random', cosines),
-                         ('right pairs hidden in noise',
-                          near @ (near + .15*np.random.default_rng(3).standard_normal(near.shape,
-                                                                                      dtype=np.float32)).T)):
+    noise = .15*np.random.default_rng(3).standard_normal(near.shape, dtype=np.float32)
+    for name, scores in (('random', cosines), ('right pairs hidden in noise', near @ (near + noise).T)):
         start = time.perf_counter()
         assign(scores)
         rows.append((f'assignment {a.assignment:,} x {a.assignment:,}, {name}', time.perf_counter() - start,

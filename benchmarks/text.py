@@ -47,10 +47,12 @@ for name, texts in (('language of title + text', whole), ('language of title', a
     counts = ', '.join(f"{code or 'no words'} {count}" for code, count in Counter(found).most_common())
     print(f'| {name} | {len(texts)/seconds:,.0f} | {memory():.0f} | {counts} |')
 seconds, found = timed(lambda: [len(paragraphs(text)) for text in articles.text])
-print(f'| paragraphs | {len(found)/seconds:,.0f} | {memory():.0f} | {sum(n > 1 for n in found)} texts of two or more |')
+several = sum(n > 1 for n in found)
+print(f'| paragraphs | {len(found)/seconds:,.0f} | {memory():.0f} | {several} texts of two or more |')
 for selection in SELECTIONS:
     seconds, found = timed(lambda: select(articles, selection))
-    print(f'| select {selection} | {len(found)/seconds:,.0f} | {memory():.0f} | {statistics.mean(len(text.split()) for text in found):.1f} words a text |')
+    words = statistics.mean(len(text.split()) for text in found)
+    print(f'| select {selection} | {len(found)/seconds:,.0f} | {memory():.0f} | {words:.1f} words a text |')
 print(f'\n{start_memory:.0f} MB before the first line (Python, pandas, the collection).')
 
 if args.folder == 'mini':
@@ -62,4 +64,6 @@ if args.folder == 'mini':
     for state in ('first', 'again, from the memory'):
         start = time.perf_counter()
         translator(texts)
-        print(f'\nTranslation of {len(texts)} bodies, {count} different sentences, {state}: {count/(time.perf_counter() - start):,.0f} sentences/s.')
+        speed = count/(time.perf_counter() - start)
+        print(f'\nTranslation of {len(texts)} bodies, {count} different sentences, {state}: '
+              f'{speed:,.0f} sentences/s.')

@@ -62,8 +62,8 @@ def plain_step(model, optimiser, loss_of, images, tokens, mixed):
 def speed(args, length: int) -> tuple[float, float]:  # median seconds a step: plain, ours
     recipe = Recipe(args.repetitions + 1, batch_size=args.batch, rate=1e-5, warmup=0, augment='none',
                     mixed=args.mixed)
-    pairs, ours, theirs = some_pairs(args.batch, length), fresh(args.device), fresh(args.device,
-                                                                                    as_open_clip_builds_it).train()
+    pairs, ours = some_pairs(args.batch, length), fresh(args.device)
+    theirs = fresh(args.device, as_open_clip_builds_it).train()
     set_modes(ours, recipe)
     decays = lambda wanted: [p for p in theirs.parameters() if (p.ndim >= 2) == wanted]
     plain = torch.optim.AdamW([dict(params=decays(True), weight_decay=.1),
@@ -123,7 +123,8 @@ def main():
     parser.add_argument('--chunk', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak: return peak(args)
-    print(f'ViT-B/32, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, {"bfloat16" if args.mixed else "float32"}, torch {torch.__version__}\n')
+    print(f'ViT-B/32, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, '
+          f'{"bfloat16" if args.mixed else "float32"}, torch {torch.__version__}\n')
     print('| | plain | ours | ours/plain |\n|---|---|---|---|')
     if args.only != 'memory':
         for length in (77, 16):
@@ -132,7 +133,8 @@ def main():
                   flush=True)
     if args.only != 'speed':
         small, large = measured(args, args.batch, 0), measured(args, args.batch*args.chunks, args.batch)
-        print(f'| peak memory, batch {args.batch*args.chunks} in {args.chunks} chunks against {args.batch} | {small:.0f} MB | {large:.0f} MB | {large/small:.2f} |')
+        print(f'| peak memory, batch {args.batch*args.chunks} in {args.chunks} chunks against {args.batch} '
+              f'| {small:.0f} MB | {large:.0f} MB | {large/small:.2f} |')
 
 
 if __name__ == '__main__': main()

@@ -1,8 +1,12 @@
-"""Pairs a second of ViLT-B/32 with random weights: our scorer, the bare encoder on ready embeddings, `transformers` one by one.
+"""Pairs a second of ViLT-B/32 with random weights: our scorer, the bare encoder on ready embeddings,
+`transformers` one by one.
 
-    python benchmarks/vilt.py                                    # 8 texts x 16 pictures, on the CPU
-    python benchmarks/vilt.py --texts 64 --images 64 --repeats 1 --only ours encoder alone     # about an hour on two cores
-    python benchmarks/vilt.py --device cuda                      # 512 texts x 256 pictures, several batch sizes
+    python benchmarks/vilt.py                    # 8 texts x 16 pictures, on the CPU
+    python benchmarks/vilt.py --device cuda      # 512 texts x 256 pictures, several batch sizes
+
+About an hour on two cores:
+
+    python benchmarks/vilt.py --texts 64 --images 64 --repeats 1 --only ours encoder alone
 """
 import argparse
 import statistics
@@ -61,7 +65,8 @@ def ranked(matcher: Matcher, texts: list[str], paths: list[Path],
 
 @torch.inference_mode()
 def encoded(matcher: Matcher, texts: list[str], paths: list[Path], effort: Effort) -> None:
-    "The twelve layers of `transformers`, whole, over as many pairs of the same lengths in batches as large; nothing else."
+    """The twelve layers of `transformers`, whole, over as many pairs of the same lengths in batches as large;
+    nothing else."""
     device, patches = matcher.model.device, positions(matcher, paths)
     for words in (len(row) for row in matcher.tokens(texts)):
         for length in sorted(set(patches)):
@@ -105,30 +110,35 @@ def on_cpu(args, folder: Path) -> None:
              'int8': lambda: ranked(eighth, texts, paths, effort),
              'bfloat16': ours(replace(matcher, precision='bf16'))}
     works = {name: work for name, work in works.items() if name in args.only}
-    eighth, seconds, scores = quantised(matcher) if 'int8' in works else None, {name: []
-                                                                                for name in works}, {}
+    eighth = quantised(matcher) if 'int8' in works else None
+    seconds, scores = {name: [] for name in works}, {}
     for repeat in range(args.repeats):
         for name in sorted(works, reverse=repeat % 2 == 1):
             taken, scores[name] = timed(works[name], 'cpu')
             seconds[name].append(taken)
     rate = {name: args.texts*args.images/statistics.median(taken) for name, taken in seconds.items()}
-    print(f'ViLT-B/32, {args.texts} texts x {args.images} pictures, batches of {args.batch}, {args.threads} threads, '
-          f'torch {torch.__version__}; median of {args.repeats}, by turns\n')
-    print('| | pairs/s | of the bare encoder | of one by one | largest difference to one by one | Spearman to ours |')
+    print(f'ViLT-B/32, {args.texts} texts x {args.images} pictures, batches of {args.batch}, '
+          f'{args.threads} threads, torch {torch.__version__}; median of {args.repeats}, by turns\n')
+    print('| | pairs/s | of the bare encoder | of one by one '
+          '| largest difference to one by one | Spearman to ours |')
     print('|---|---|---|---|---|---|')
     for name in works:
         share = [f'{rate[name]/rate[base]:.3f}' if base in rate else '' for base in ('encoder', 'alone')]
         known = scores[name] is not None
         apart = f"{np.abs(scores[name] - scores['alone']).max():.1e}" if known and 'alone' in scores else ''
-        order = f"{spearmanr(scores[name].ravel(), scores['ours'].ravel()).statistic:.4f}" if known and 'ours' in scores else ''
+        order = ''
+        if known and 'ours' in scores:
+            order = f"{spearmanr(scores[name].ravel(), scores['ours'].ravel()).statistic:.4f}"
         print(f"| {NAMES[name]} | {rate[name]:.2f} | {' | '.join(share)} | {apart} | {order} |")
     for found in [found for found in scores.values() if found is not None][:1]:
         print(f'\nStandard deviation of the scores: {found.std():.3f}.')
 
 
 def operations(words: int, patches: int, config: ViltConfig) -> float:
-    "Multiplications and additions of one pair that ours makes: in the last layer keys and values for all, the rest for one position."
-    n, d, wide, whole = words + patches, config.hidden_size, config.intermediate_size, config.num_hidden_layers - 1
+    """Multiplications and additions of one pair that ours makes: in the last layer keys and values for all,
+    the rest for one position."""
+    n, d, wide = words + patches, config.hidden_size, config.intermediate_size
+    whole = config.num_hidden_layers - 1
     layer = lambda queries: 4*n*d*d + queries*(4*d*d + 4*d*wide + 4*n*d)
     return whole*layer(n) + layer(1)
 
@@ -149,9 +159,11 @@ def on_cuda(args, folder: Path) -> None:
     lengths, sizes = [len(row) for row in matcher.tokens(texts)], positions(matcher, paths)
     work = np.mean([operations(words, patches, matcher.model.config) for words in lengths
                     for patches in sizes])
-    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}: one pair at a time through `transformers` {single:.1f} pairs/s; '
+    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}: '
+          f'one pair at a time through `transformers` {single:.1f} pairs/s; '
           f'product of bfloat16 matrices {limit/1e12:.0f} TFLOP/s; {work/1e9:.1f} GFLOP a pair\n')
-    print(f'| {args.texts} x {args.images} | batch | pairs/s | of one by one | minutes for {POOL} x {POOL} | share of the matrix rate '
+    print(f'| {args.texts} x {args.images} | batch | pairs/s | of one by one '
+          f'| minutes for {POOL} x {POOL} | share of the matrix rate '
           '| largest difference to one by one | Spearman |\n|---|---|---|---|---|---|---|---|')
     for mixed in (True, False):
         scorer = replace(matcher, precision='bf16' if mixed else 'fp32')
@@ -162,7 +174,8 @@ def on_cuda(args, folder: Path) -> None:
             seconds = [timed(lambda: ranked(scorer, texts, paths, effort), 'cuda')[0]
                        for _ in range(args.repeats)]
             rate = args.texts*args.images/statistics.median(seconds)
-            print(f"| {'bfloat16' if mixed else 'float32'} | {batch} | {rate:,.0f} | {rate/single:.1f} | {POOL**2/rate/60:.1f} "
+            print(f"| {'bfloat16' if mixed else 'float32'} | {batch} "
+                  f'| {rate:,.0f} | {rate/single:.1f} | {POOL**2/rate/60:.1f} '
                   f'| {rate*work/limit:.3f} | {np.abs(close - reference).max():.1e} '
                   f'| {spearmanr(close.ravel(), reference.ravel()).statistic:.4f} |', flush=True)
 

@@ -20,8 +20,8 @@ os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_WA
 
 # the organisers' texts, which nobody may hand on
 OFFICIAL = Path(os.environ.get('NEWSIMAGES2021') or ROOT.parent/'shared'/'data'/'newsimages2021')
-official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f'NewsImages 2021 is not at {OFFICIAL}; NEWSIMAGES2021 '
-                              'names the folder of its texts')
+absent = f'NewsImages 2021 is not at {OFFICIAL}; NEWSIMAGES2021 names the folder of its texts'
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=absent)
 
 
 @pytest.fixture(scope='session', params=['generated', pytest.param('official', marks=official)])

@@ -2,6 +2,7 @@
 reader."""
 import csv, json, os, shutil, subprocess, sys, warnings
 from pathlib import Path
+from textwrap import dedent
 
 import pandas as pd
 import pytest
@@ -17,7 +18,8 @@ from newsrepro.data.splits import (ZHANG_SAMPLE, chronological_split, hold_out, 
                                    share_of_each)
 from newsrepro.data.tables import parse_dates, read_table, repair_mojibake
 
-pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes the module's own filter
+# pytest undoes the module's own filter
+pytestmark = pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 TEXTS, TRUTH = OFFICIAL/'MediaEvalNewsImagesBatch04articles.tsv', OFFICIAL/'content2019-04-gt.tsv'
 
 
@@ -79,14 +81,14 @@ def test_twice_damaged_text_is_repaired_and_counted(tmp_path):
     table, notes = read_table(write(tmp_path/'a.csv',
                                     [['article_id', 'title'], ['1', 'donâ€™t'], ['2', 'FarÃƒÂ³'],
                                      ['3', 'fine – “so” it is']], delimiter=','))
-    assert table.title.tolist() == ['don’t', 'Faró',
-                                    'fine – “so” it is'] and notes == ["a.csv: mojibake repaired in column 'title' (rows: 2)"]
+    assert table.title.tolist() == ['don’t', 'Faró', 'fine – “so” it is']
+    assert notes == ["a.csv: mojibake repaired in column 'title' (rows: 2)"]
 
 def test_lines_of_two_encodings(tmp_path):
     (tmp_path/'a.tsv').write_bytes('id\ttext\n1\tgrün\n'.encode() + '2\t„schön“\n'.encode('cp1252'))
     table, notes = read_table(tmp_path/'a.tsv')
-    assert table.text.tolist() == ['grün',
-                                   '„schön“'] and notes == ['a.tsv: read as Windows-1252, as it is not UTF-8 (lines: 1)']
+    assert table.text.tolist() == ['grün', '„schön“']
+    assert notes == ['a.tsv: read as Windows-1252, as it is not UTF-8 (lines: 1)']
 
 def test_blank_rows_short_rows_and_unnamed_columns(tmp_path):
     (tmp_path/'a.tsv').write_text('# article\ttitle\t\r\n1\ta\r\n\t\t\r\n2\tb\t\r\n\r\n', newline='')
@@ -188,7 +190,10 @@ def test_latin_1_would_not_do():
 
 @official
 def test_check_data_of_the_official_release():
-    code = "import json; from newsrepro.data.layouts import check_data; print(json.dumps(check_data('DIR')))".replace('DIR', str(OFFICIAL))
+    code = dedent(f'''
+        import json
+        from newsrepro.data.layouts import check_data
+        print(json.dumps(check_data({str(OFFICIAL)!r})))''')
     said = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, check=True).stdout)
     assert said['layout'] == 'newsimages2021'
     for split, n in dict(train=7530, test=1915).items():
@@ -238,8 +243,8 @@ def news2022(tmp_path):
 def test_2022(news2022):
     c = read_collection(news2022)
     assert (c.layout, c.datasets, c.name) == ('newsimages2022', ['RSS', 'RT', 'TW'], 'n')
-    assert c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'} and c.subset('RT',
-                                                                                 'train').truth == {'a0': 'i0', 'a1': 'i1'}
+    assert c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'}
+    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'a1': 'i1'}
     assert (c.images.status == 'ok').all() and c.articles.date.notna().all()
     assert dict(zip(c.articles.dataset, c.articles.lang)) == dict(RSS='en', RT='de', TW='en')
     raises(['article ids repeat between RSS, RT, TW'], lambda: c.truth)
@@ -398,8 +403,8 @@ def test_a_set_given_alone(in_hands):
     for path in sorted((root/'TW').glob('*.tsv')): path.rename(path.with_name(path.name.removeprefix('TW_')))
     (root/'TW').rename(root/'twitter')
     c = read_collection(root/'twitter')
-    assert (c.layout, c.datasets) == ('newsimages2022',
-                                      ['TW']) and c.fingerprint == read_collection(before).subset('TW').fingerprint
+    assert (c.layout, c.datasets) == ('newsimages2022', ['TW'])
+    assert c.fingerprint == read_collection(before).subset('TW').fingerprint
 
 def test_what_systems_leave_behind(in_hands):
     root, before = in_hands
@@ -430,8 +435,8 @@ def test_an_article_id_in_both_parts_is_kept_apart(news2022):
     train = news2022/'RT'/'RT_train.tsv'
     train.write_text(train.read_text().replace('a1', 'a2'))  # the test has an a2, too
     c = read_collection(news2022)
-    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'train:a2': 'i1'} and c.subset('RT',
-                                                                                        'test').truth == {'a2': 'i2', 'a3': 'i3'}
+    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'train:a2': 'i1'}
+    assert c.subset('RT', 'test').truth == {'a2': 'i2', 'a3': 'i3'}
     assert len(c.subset('RT').truth) == 4 and c.usable()[1] == {}
     said = 'RT: article ids in training and in test: 1 (a2), kept apart: in training they begin with train:'
     assert said in c.problems and said in check_data(news2022)['problems']
@@ -449,11 +454,11 @@ def test_an_image_id_in_both_parts(news2022, alike):
     if alike: shutil.copy(root/'test_images'/'i2.jpg', root/'train_images')
     else: picture(root/'train_images'/'i2.jpg', 'black')
     c = read_collection(news2022)
-    assert c.subset('RT', 'train').truth == {'a0': 'i0',
-                                             'a1': 'i2' if alike else 'train:i2'} and c.usable()[1] == {}
+    assert c.subset('RT', 'train').truth == {'a0': 'i0', 'a1': 'i2' if alike else 'train:i2'}
+    assert c.usable()[1] == {}
     paths = c.subset('RT').images.set_index(['split', 'image_id']).path
-    assert 'train_images' in paths['train', 'i2' if alike else 'train:i2'] and 'test_images' in paths['test',
-                                                                                                      'i2']
+    assert 'train_images' in paths['train', 'i2' if alike else 'train:i2']
+    assert 'test_images' in paths['test', 'i2']
 
 def test_a_plain_table_may_have_an_id_in_both_parts(tmp_path):
     write(tmp_path/'t.tsv',
@@ -469,8 +474,8 @@ def test_case_of_file_names(tmp_path):
     for name in ('A.jpg', 'b.PNG', 'C.jpg', 'd.jpg', 'D.jpg', 'e.jpg'):
         picture(tmp_path/'images'/name, 'blue' if name.isupper() else 'red')
     images = read_collection(tmp_path).images.set_index('image_id')
-    assert {i: Path(o).name for i, o in images.path.items()} == dict(a='A.jpg', B='b.PNG', c='', C='C.jpg',
-                                                                     d='d.jpg', D='D.jpg', z='e.jpg')
+    files = {i: Path(o).name for i, o in images.path.items()}
+    assert files == dict(a='A.jpg', B='b.PNG', c='', C='C.jpg', d='d.jpg', D='D.jpg', z='e.jpg')
     assert images.status['c'] == 'missing'
     picture(tmp_path/'images'/'a.png')  # now two files differ in case alone, and one of them is it
     assert Path(read_collection(tmp_path).images.set_index('image_id').path['a']).name == 'a.png'
@@ -488,12 +493,13 @@ def test_2025(tmp_path):
                                          'image_id', 'image_url'], *rows], 'utf-8-sig', ',')
     for i in (1, 2, 3, 4, 5, 7): picture(tmp_path/'newsimages'/f'I{i}.jpg')
     c = read_collection(tmp_path, n_test=2)
-    assert (c.layout, c.datasets, c.subset(split='test').truth) == ('newsimages2025', ['GDELT-P1-2025'],
-                                                                    {'5': 'I5', '7': 'I7'})
+    assert (c.layout, c.datasets) == ('newsimages2025', ['GDELT-P1-2025'])
+    assert c.subset(split='test').truth == {'5': 'I5', '7': 'I7'}
     assert (c.articles.title[0], c.articles.text[0], c.articles.tags[0]) == ('don’t 1', '', 'tag;tag')
     assert c.usable()[1] == {'articles: image missing': 2, 'images: missing': 2}
-    assert len(read_collection(tmp_path).subset(split='test').articles) == 3 # half of six
-    assert 'the last 3 articles' in read_collection(tmp_path).problems[-1] and '1500 were wanted' in read_collection(tmp_path).problems[-1]
+    halved = read_collection(tmp_path)
+    assert len(halved.subset(split='test').articles) == 3  # half of six
+    assert 'the last 3 articles' in halved.problems[-1] and '1500 were wanted' in halved.problems[-1]
 
 
 # ---- the plain layout, and what can be wrong with pictures ----
@@ -565,8 +571,8 @@ def test_plain_columns(tmp_path):
     write(tmp_path/'t.tsv', [['split', 'dataset', 'lang', 'text', 'title', 'article_id', 'image_id', 'date'],
         ['test', 'A', 'fr', 'x', 'a', '1', 'p', '2022-01-01'], ['', '', '', ' ', '', '2', 'p', 'never']])
     c = read_collection(tmp_path)
-    assert c.articles[['split', 'dataset', 'lang']].values.tolist() == [['test', 'A', 'fr'],
-                                                                        ['train', 't', '']]
+    found = c.articles[['split', 'dataset', 'lang']].values.tolist()
+    assert found == [['test', 'A', 'fr'], ['train', 't', '']]
     assert not any('split' in o for o in c.problems)  # the table has its own
     assert 'dates not understood: 1' in c.problems and c.usable()[1]['articles: no text'] == 1
 
@@ -607,8 +613,9 @@ def test_the_fingerprint_knows_content_and_not_place(plain, tmp_path, change):
 # ---- splits ----
 
 def many(root, name, n):
-    write(root/name/f'{name}_train.tsv', [LINKED, *[[i, i, '', '', f'{i}', '', f'title {i}', 'text',
-                                                     f'{i}.png', f'2022-01-{i%28+1:02}'] for i in range(n)]])
+    rows = [[i, i, '', '', f'{i}', '', f'title {i}', 'text', f'{i}.png', f'2022-01-{i%28+1:02}']
+            for i in range(n)]
+    write(root/name/f'{name}_train.tsv', [LINKED, *rows])
     picture(root/name/'images'/'0.png', size=(1, 1))
     for i in range(1, n): shutil.copy(root/name/'images'/'0.png', root/name/'images'/f'{i}.png')
     return root
@@ -619,34 +626,37 @@ def test_sample_has_its_composition_and_exactly_its_images(tmp_path):
     assert sum(ZHANG_SAMPLE.values()) == 2000
     part = sample_pairs(c, 40, seed=1)
     assert part.articles.dataset.value_counts().to_dict() == dict(TW=30, RT=7, RSS=3)
-    assert len(part.truth) == 40 and sorted(part.truth.values()) == sorted(part.images.image_id) and part.images.image_id.is_unique
-    assert part.fingerprint == sample_pairs(c, 40, seed=1).fingerprint != sample_pairs(c, 40,
-                                                                                       seed=2).fingerprint
+    assert len(part.truth) == 40 and part.images.image_id.is_unique
+    assert sorted(part.truth.values()) == sorted(part.images.image_id)
+    assert part.fingerprint == sample_pairs(c, 40, seed=1).fingerprint
+    assert part.fingerprint != sample_pairs(c, 40, seed=2).fingerprint
     small = sample_pairs(c)
     assert 'TW 80' in small.problems[-1] and '2000 were wanted' in small.problems[-1]
     assert 0 < len(small.truth) == sum(small.articles.dataset.value_counts().to_dict().values()) <= 122
-    assert 'drawn from all sets together' in sample_pairs(c.subset('RT')).problems[-1] and len(sample_pairs(c.subset('RT')).truth) == 30
+    together = sample_pairs(c.subset('RT'))
+    assert 'drawn from all sets together' in together.problems[-1] and len(together.truth) == 30
     assert len(sample_pairs(c, 10, composition=None).truth) == 10
 
 def test_a_sample_is_of_the_training_part(news2022):
     part = sample_pairs(read_collection(news2022), 6, dict(RSS=1, RT=1, TW=1))
-    assert set(part.articles.split) == {'train'} and len(part.truth) == 6 and 'from the training part' in part.problems[-1]
+    assert set(part.articles.split) == {'train'} and len(part.truth) == 6
+    assert 'from the training part' in part.problems[-1]
     test = read_collection(news2022).subset(split='test')
     part = sample_pairs(test, 6, dict(RSS=1, RT=1, TW=1))
-    assert set(part.articles.split) == {'test'} and len(part.truth) == 6 and 'no training part' in part.problems[-1]
+    assert set(part.articles.split) == {'test'} and len(part.truth) == 6
+    assert 'no training part' in part.problems[-1]
 
 def test_a_share_of_each_set():
-    sizes = dict(RSS=400, RT=1925,
-                 TW=4410)  # training parts of 2022, as Table 1.B of Galanopoulos & Mezaris implies
+    # training parts of 2022, as Table 1.B of Galanopoulos & Mezaris implies
+    sizes = dict(RSS=400, RT=1925, TW=4410)
     articles = pd.DataFrame([(o, str(i)) for o, n in sizes.items() for i in range(n)],
                             columns=['dataset', 'article_id'])
     learn, held = share_of_each(articles, .8, seed=1)
-    assert held.dataset.value_counts().to_dict() == dict(TW=882, RT=385,
-                                                         RSS=80) and len(learn) + len(held) == len(articles)
+    assert held.dataset.value_counts().to_dict() == dict(TW=882, RT=385, RSS=80)
+    assert len(learn) + len(held) == len(articles)
     shuffled = articles.sample(frac=1, random_state=0)
-    assert set(share_of_each(shuffled, .8, seed=1)[1].index) == set(held.index) != set(share_of_each(articles,
-                                                                                                     .8,
-                                                                                                     seed=2)[1].index)
+    assert set(share_of_each(shuffled, .8, seed=1)[1].index) == set(held.index)
+    assert set(share_of_each(articles, .8, seed=2)[1].index) != set(held.index)
     doubled = articles.set_axis([0]*len(articles))  # whatever the index is
     assert share_of_each(doubled, .8, seed=1)[1].values.tolist() == held.values.tolist()
 
@@ -665,8 +675,8 @@ def test_chronological_split_holds_out_what_is_newest(days, fraction):
         raises(['have no date', 'split at random'], chronological_split, articles, fraction)
         return
     old, new = chronological_split(articles, fraction)
-    assert new.date.notna().all() and sorted([*old.article_id,
-                                              *new.article_id]) == sorted(articles.article_id) and len(old) == round(fraction * len(days))
+    assert new.date.notna().all() and len(old) == round(fraction * len(days))
+    assert sorted([*old.article_id, *new.article_id]) == sorted(articles.article_id)
     if old.date.notna().any() and len(new): assert old.date.max() <= new.date.min()
     ties = pd.concat([old, new])
     assert all(rows.article_id.astype(int).is_monotonic_increasing

@@ -100,7 +100,8 @@ def test_transformers_reads_what_is_saved(vocabulary, paths, tmp_path):
     assert (again.untrained, again.rule, again.tokens(TEXTS)) == ((), matcher.rule, matcher.tokens(TEXTS))
     half = load_vilt(str(save_vilt(tmp_path/'half', matcher, half=True)))
     torch.testing.assert_close(match_logits(half.model, x, mask), found, atol=1e-2, rtol=0)
-    assert (tmp_path/'half'/'model.safetensors').stat().st_size < .6*(folder/'model.safetensors').stat().st_size
+    size = lambda where: (where/'model.safetensors').stat().st_size
+    assert size(tmp_path/'half') < .6*size(folder)
 
 
 @pytest.mark.parametrize('untrained', [(), ('mlm_score',), ('rank_output',), HEADS])
@@ -121,9 +122,8 @@ def test_losses_are_those_of_transformers(vocabulary, paths, tmp_path):
     length = batch['input_ids'].shape[1]
     fill = lambda rows, value: torch.tensor([[*row, *[value]*(length - len(row))] for row in rows])
     assert 3 < sum(piece != IGNORED for row in targets for piece in row)
-    text, picture, keeps = pad_texts(matcher, inputs), pad_pictures(matcher,
-                                                                    pairs.pictures), np.array([True, False,
-                                                                                               False, True])
+    text, picture = pad_texts(matcher, inputs), pad_pictures(matcher, pairs.pictures)
+    keeps = np.array([True, False, False, True])
     with torch.no_grad():
         masked = batch | {'input_ids': fill(inputs, 0), 'labels': fill(targets, IGNORED)}
         theirs = ViltForMaskedLM.from_pretrained(folder).eval()(**masked).loss
@@ -163,8 +163,8 @@ def test_alignment_loss(vocabulary):
     text[1, 4:], picture[1, 4:] = False, False  # words 1-3 and 1-2; patches 6-10 and 6-8
     exact = []
     for place, (words, patches) in enumerate([((1, 4), (6, 11)), ((1, 3), (6, 9))]):
-        cost = 1 - F.normalize(hidden[place, slice(*words)],
-                               dim=1) @ F.normalize(hidden[place, slice(*patches)], dim=1).T
+        rows, columns = (F.normalize(hidden[place, slice(*part)], dim=1) for part in (words, patches))
+        cost = 1 - rows @ columns.T
         exact.append(ot.emd2([], [], cost.double().numpy()))
     one = lambda place, right: alignment_loss(*(part[place:place + 1] for part in (hidden, text, picture)),
                                               torch.tensor([right])).item()
@@ -173,8 +173,8 @@ def test_alignment_loss(vocabulary):
         assert one(place, False) == -one(place, True)
     for right in ([True, False], [False, True], [True, True]):
         signed = np.mean([one(place, value) for place, value in enumerate(right)])
-        assert alignment_loss(hidden, text, picture, torch.tensor(right)).item() == pytest.approx(signed,
-                                                                                                  abs=1e-6)
+        found = alignment_loss(hidden, text, picture, torch.tensor(right)).item()
+        assert found == pytest.approx(signed, abs=1e-6)
 
 
 def test_alignment_pulls_right_pairs_together(vocabulary, paths):
@@ -222,8 +222,8 @@ def test_a_wrong_text_is_never_right():
     right, draw = right_pictures(pairs), np.random.default_rng(0)
     for row, (_, place) in enumerate(of):
         found = draw_texts(pairs, right, row, 200, draw)
-        assert set(found) == {pairs.ids[other] for other in range(8)
-                              if place not in right[other]} and len(found) == 200
+        wrong = {pairs.ids[other] for other in range(8) if place not in right[other]}
+        assert set(found) == wrong and len(found) == 200
 
 
 def test_duplicates_by_content(vocabulary, paths, tmp_path):
@@ -240,13 +240,13 @@ def test_masks(vocabulary):
     or none."""
     words = fresh(vocabulary).words
     row = fresh(vocabulary).tokens(['greenishness left redish a'])[0]
-    assert [words.id_to_token(piece) for piece in row] == ['[CLS]', 'green', '##ish', '##ness', 'left', 'red',
-                                                           '##ish', 'a', '[SEP]']
+    pieces = '[CLS] green ##ish ##ness left red ##ish a [SEP]'.split()
+    assert [words.id_to_token(piece) for piece in row] == pieces
     for whole in (False, True):
         inputs, targets = map(np.array, mask_words([row]*20000, words, .15, whole, np.random.default_rng(0)))
         chosen = targets != IGNORED
-        assert not chosen[:, [0, -1]].any() and (targets[chosen]
-                                                 == np.broadcast_to(row, targets.shape)[chosen]).all()
+        assert not chosen[:, [0, -1]].any()
+        assert (targets == row)[chosen].all()
         assert (inputs == row)[~chosen].all()
         np.testing.assert_allclose(chosen[:, 1:-1].mean(0), .15, atol=.01)
         was, now = targets[chosen], inputs[chosen]
@@ -255,12 +255,11 @@ def test_masks(vocabulary):
         np.testing.assert_allclose(shares, [.8, .1], atol=.01)
         others = Counter(now[(now != 4) & (now != was)].tolist())
         assert set(others) == set(range(len(PIECES))) - {4}
-        together = (chosen[:, 1] == chosen[:, 2]) & (chosen[:, 2] == chosen[:, 3]) & (chosen[:, 5]
-                                                                                      == chosen[:, 6])
+        together = (chosen[:, [1, 2, 5]] == chosen[:, [2, 3, 6]]).all(axis=1)
         assert together.all() if whole else not together.all()
         assert (chosen[:, 3] != chosen[:, 4]).any()
-    assert (np.array(mask_words([row], words, 1., False,
-                                np.random.default_rng(0))[1]) != IGNORED).sum() == len(row) - 2
+    every = mask_words([row], words, 1., False, np.random.default_rng(0))[1]
+    assert (np.array(every) != IGNORED).sum() == len(row) - 2
     assert mask_words([row[:1] + row[-1:]], words, 1., True, np.random.default_rng(0))[1] == [[IGNORED]*2]
 
 
@@ -312,7 +311,8 @@ def test_killed_ten_times_ends_as_undisturbed(vocabulary, paths, tmp_path):
         assert (code, result) == (-signal.SIGKILL, None)
         lengths += [len(torch.load(path, weights_only=True)['history'])
                     for path in folder.glob('checkpoint.pt')]
-    assert lengths == sorted(lengths) and len(set(lengths)) > 6 and lengths[-1] < 60, f'each went on from the one before: {lengths}'
+    assert lengths == sorted(lengths), f'each went on from the one before: {lengths}'
+    assert len(set(lengths)) > 6 and lengths[-1] < 60, f'in steps of their own: {lengths}'
     assert run_child(vocabulary, paths, folder) == (0, undisturbed)
     print('steps in the checkpoint after each kill:', lengths)
 
@@ -327,8 +327,8 @@ def test_best_weights_are_kept(vocabulary, paths):
                                      progress=False)
     found = [record['val_loss'] for record in history if 'val_loss' in record]
     assert len(found) == 8 and found[-1] > min(found)
-    assert validate_matching(matcher, pairs.pick(range(6)), recipe)['val_loss'] == pytest.approx(min(found),
-                                                                                                 abs=1e-6)
+    kept = validate_matching(matcher, pairs.pick(range(6)), recipe)
+    assert kept['val_loss'] == pytest.approx(min(found), abs=1e-6)
 
 
 def test_steps_do_not_depend_on_the_past(vocabulary, paths):
@@ -339,7 +339,8 @@ def test_steps_do_not_depend_on_the_past(vocabulary, paths):
     def losses(step, seed=0):
         recipe = MatchRecipe(9, seed=seed, mask=.5)
         right = right_pictures(pairs)
-        return {name: loss.item() for name, loss in step_losses(matcher, pairs, right, range(4), recipe, step)}
+        found = step_losses(matcher, pairs, right, range(4), recipe, step)
+        return {name: loss.item() for name, loss in found}
     first = losses(3)
     torch.rand(9), np.random.rand(9)
     assert losses(3) == first and losses(4) != first and losses(3, seed=1) != first
@@ -352,10 +353,12 @@ def test_which_heads_are_taught(vocabulary, paths):
         start = fresh(vocabulary)
         before, head = digest(*start.model.state_dict().values()), start.model.rank_output.weight.clone()
         matcher, history = train_matcher(start, pairs, MatchRecipe(2, batch_size=4, **more), progress=False)
-        assert matcher.untrained == left and matcher.fingerprint != before and (matcher.model.rank_output.weight != head).any()
-        assert ('words' in history[0]) == (not left) and ('retrieval' in history[0]) == ('wrong_texts' in more)
-        assert not any(weight.requires_grad
-                       for weight in matcher.model.parameters()) and not matcher.model.training
+        assert matcher.untrained == left and matcher.fingerprint != before
+        assert (matcher.model.rank_output.weight != head).any()
+        assert ('words' in history[0]) == (not left)
+        assert ('retrieval' in history[0]) == ('wrong_texts' in more)
+        assert not any(weight.requires_grad for weight in matcher.model.parameters())
+        assert not matcher.model.training
 
 
 def test_trained_once(vocabulary, paths, tmp_path):
@@ -394,17 +397,18 @@ def test_refusals(vocabulary, paths, tmp_path):
         'wrong_texts=2: a picture belongs to all texts': lambda: go(crowded, replace(recipe, wrong_texts=2)),
         '3 texts and 4 pictures': lambda: load_news_pairs(matcher, TEXTS[:3], paths[:4]),
         '0 texts and 0 pictures': lambda: load_news_pairs(matcher, [], []),
-        'broken.png: not a usable picture': lambda: load_news_pairs(matcher, TEXTS[:1],
-                                                                    [tmp_path/'broken.png']),
+        'broken.png: not a usable picture':
+            lambda: load_news_pairs(matcher, TEXTS[:1], [tmp_path/'broken.png']),
     }.items():
         with pytest.raises(InputError, match=message): call()
     go(pairs, recipe, folder=tmp_path/'run')
     for message, call in {
-        r'recipe rate \(there 0\.0001, here 0\.1\)': lambda: go(pairs, replace(recipe, rate=.1),
-                                                                folder=tmp_path/'run'),
+        r'recipe rate \(there 0\.0001, here 0\.1\)':
+            lambda: go(pairs, replace(recipe, rate=.1), folder=tmp_path/'run'),
         'made with another data;': lambda: go(pairs.pick([1, 0, 2, 3]), recipe, folder=tmp_path/'run'),
-        'made with another model;': lambda: train_matcher(fresh(vocabulary, seed=1), pairs, recipe,
-                                                          folder=tmp_path/'run', progress=False),
+        'made with another model;':
+            lambda: train_matcher(fresh(vocabulary, seed=1), pairs, recipe, folder=tmp_path/'run',
+                                  progress=False),
     }.items():
         with pytest.raises(InputError, match=f'checkpoint.pt: .*{message}'): call()
     with pytest.raises(FloatingPointError,
@@ -432,8 +436,7 @@ def test_accumulated_steps_resume(vocabulary, paths, tmp_path):
     pairs = load_news_pairs(fresh(vocabulary), [f'{a} {b}' for a in TEXTS[:3] for b in TEXTS], paths)
     recipe = recipe_of(ORIGINAL, len(pairs), steps=6, warmup=1, chunk=5, most_patches=3, one_objective=True)
     go = lambda recipe, folder: train_matcher(fresh(vocabulary), pairs, recipe, folder=folder,
-                                              save_seconds=0.,
-                                              progress=False)
+                                              save_seconds=0., progress=False)
     whole, history = go(recipe, None)
     assert all(('words' in record) != ('matching' in record) for record in history)
     plain = match_module.take_step

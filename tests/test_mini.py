@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from textwrap import dedent
 
 import pytest
 from PIL import Image
@@ -38,7 +39,9 @@ def test_same_bytes_with_several_workers(mini, tmp_path):
 
 
 def test_same_bytes_in_another_process(mini, tmp_path):
-    code = f'from newsrepro.mini.collections import *; make_mini({str(tmp_path/"two")!r}, workers=1, world={SMALL!r})'
+    code = dedent(f'''
+        from newsrepro.mini.collections import *
+        make_mini({str(tmp_path/"two")!r}, workers=1, world={SMALL!r})''')
     subprocess.run([sys.executable, '-c', code], check=True, env={'PYTHONHASHSEED': '7', 'PATH': ''},
                    cwd=tmp_path)
     assert digest(tmp_path/'two') == digest(mini)
@@ -54,8 +57,8 @@ def test_made_once_and_remade_only_for_other_settings(mini, tmp_path):
     assert make_mini(mini, workers=1, world=SMALL) == mini and (mini/'mini.json').stat().st_mtime_ns == before
     root = make_mini(tmp_path/'two', workers=1, world=World((4, 4), (4, 4), (4, 4), (4, 4), 4))
     make_mini(root, workers=1, world=World((4, 4), (4, 4), (4, 4), (4, 4), 6))
-    assert len(list((root/'captions'/'images').iterdir())) == 6 and [p.name
-                                                                     for p in tmp_path.iterdir()] == ['two']
+    assert len(list((root/'captions'/'images').iterdir())) == 6
+    assert [p.name for p in tmp_path.iterdir()] == ['two']
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
@@ -66,9 +69,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 def test_default_sizes():
     world = World()
-    assert min(world.portal[1], world.rss[1], world.rt[1],
-               world.tw[1]) >= 510   # pools of at least 500 after missing and broken ones
-    assert sum(world.tw)*.97 >= 1512 and sum(world.rt)*.97 >= 354 and sum(world.rss)*.97 >= 134   # Zhang's 2000 pairs
+    # pools of at least 500 after missing and broken ones
+    assert min(world.portal[1], world.rss[1], world.rt[1], world.tw[1]) >= 510
+    # Zhang's 2000 pairs
+    assert sum(world.tw)*.97 >= 1512 and sum(world.rt)*.97 >= 354 and sum(world.rss)*.97 >= 134
     assert world.captions >= 8000
 
 
@@ -95,19 +99,19 @@ def test_missing_broken_and_textless_are_few_but_there(mini):
 def test_training_is_earlier_than_test(mini):
     for name in ('newsimages2021', 'newsimages2022'):
         for _, articles in read_collection(mini/name).articles.groupby('dataset'):
-            assert articles.date.notna().all()
-            assert articles.date[articles.split == 'train'].max() <= articles.date[articles.split
-                                                                                   == 'test'].min()
+            date = articles.date
+            assert date.notna().all()
+            assert date[articles.split == 'train'].max() <= date[articles.split == 'test'].min()
 
 
 def test_2021_files_have_the_quirks_of_the_release(mini):
     root = mini/'newsimages2021'
     raw = (root/'MediaEvalNewsImagesBatch04articles.tsv').read_bytes()
     with pytest.raises(UnicodeDecodeError): raw.decode('utf-8')
-    texts, truth = rows(root/'MediaEvalNewsImagesBatch04articles.tsv',
-                        encoding='cp1252'), rows(root/'content2019-04-gt.tsv')
-    assert {t['articleID'][6:10]+t['articleID'][1:6]: t['text'] for t in texts} == {t['article']: t['text']
-                                                                                    for t in truth}
+    texts = rows(root/'MediaEvalNewsImagesBatch04articles.tsv', encoding='cp1252')
+    truth = rows(root/'content2019-04-gt.tsv')
+    given = {t['articleID'][6:10] + t['articleID'][1:6]: t['text'] for t in texts}
+    assert given == {t['article']: t['text'] for t in truth}
     assert (root/'MediaEvalNewsImagesBatch04images.tsv').read_bytes().endswith(b'\r\n\t\t\r\n')
     assert [t['iid'] for t in truth] != sorted(t['iid'] for t in truth)
 
@@ -128,8 +132,8 @@ def test_german_files_hold_no_english(mini):
 
 def test_tweets_are_tweets(mini):
     text = ' '.join(r['title'] for r in rows(mini/'newsimages2022'/'TW'/'TW_train.tsv'))
-    assert all(mark in text for mark in ('#', '@', 'https://t.example/')) and any(ord(c) > 0x1f300
-                                                                                  for c in text)
+    assert all(mark in text for mark in ('#', '@', 'https://t.example/'))
+    assert any(ord(c) > 0x1f300 for c in text)
 
 
 def test_pictures_vary_in_size_and_are_jpeg(mini):
@@ -159,8 +163,8 @@ def test_captions_are_partly_german_and_cover_the_world():
 
 def test_marker_tells_the_settings(mini):
     marker = json.loads((mini/'mini.json').read_text())
-    assert marker['seed'] == 0 and World(**{k: tuple(v) if isinstance(v, list) else v
-                                            for k, v in marker['world'].items()}) == SMALL
+    world = {k: tuple(v) if isinstance(v, list) else v for k, v in marker['world'].items()}
+    assert marker['seed'] == 0 and World(**world) == SMALL
 
 
 def test_recurring_pictures_are_near_duplicates(mini):

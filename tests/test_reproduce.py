@@ -309,8 +309,8 @@ MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$0" && echo mounted && exec sleep infi
 
 @pytest.fixture
 def on_small_disk(tmp_path, command):
-    """A disk of one megabyte, the command run on it, and the disk as seen from here: in a namespace of its own, where
-    who is not root may mount."""
+    """A disk of one megabyte, the command run on it, and the disk as seen from here: in a namespace of its
+    own, where who is not root may mount."""
     folder, user = tmp_path/'disk', ['--user']*(os.geteuid() != 0)
     folder.mkdir()
     holder = subprocess.Popen(['unshare', *user, *('--map-root-user' for _ in user), '--mount', 'sh', '-c',
@@ -336,7 +336,8 @@ def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(on_small_disk, pag
     assert done.returncode == 1 and 'Traceback' not in said and 'o space' in said, said
     (seen/'filler').unlink()
     done = run('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', disk/'report')
-    assert done.returncode == 0 and tables(seen/'report') == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tables(seen/'report') == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr
 
 
 

@@ -73,17 +73,15 @@ def test_opposites_at_the_scale_of_clip():
     "Columns whose exponentials vanish in float32 although they rank: all queries point away from them."
     q = unit(1, 24, 6).repeat(50, 0) + 1e-3*unit(50, 24, 7)
     c = np.concatenate([unit(100, 24, 8), -unit(1, 24, 6), -q[:5]])
+    unit_length = lambda x: (x/np.linalg.norm(x, axis=1, keepdims=True)).astype(float)
     for T in (.01, .0065, .004):
-        same_ranking(dual_softmax_top_k(q, c, len(c), T)[1],
-                     dual_softmax((q/np.linalg.norm(q, axis=1,
-                                                    keepdims=True)).astype(float) @ (c/np.linalg.norm(c,
-                                                                                                      axis=1,
-                                                                                                      keepdims=True)).astype(float).T, T), T/2)
+        dense = dual_softmax(unit_length(q) @ unit_length(c).T, T)
+        same_ranking(dual_softmax_top_k(q, c, len(c), T)[1], dense, T/2)
 
 
 def test_duplicates_stand_in_the_order_of_the_pool():
-    corners = np.array(np.meshgrid(*[[-1, 1]]*4)).reshape(4,
-                                                          -1).T.astype(np.float32)  # cosines are multiples of 1/2: exact ties
+    # cosines are multiples of 1/2: exact ties
+    corners = np.array(np.meshgrid(*[[-1, 1]]*4)).reshape(4, -1).T.astype(np.float32)
     c = np.concatenate([corners]*40)
     want = np.argsort(-(corners/2) @ (c/2).T, axis=1, kind='stable')
     for k in (1, 17, 100, len(c)):
@@ -128,12 +126,10 @@ def test_matrix_of_any_values():
             logs, places = dual_softmax_top_k_of(scores, 53, T, block=block)
             want = np.argsort(-dual_softmax(scores, T), axis=1, kind='stable')
             taken = np.take_along_axis(dual_softmax(scores, T), places, 1)
-            assert (np.isneginf(taken)
-                    == np.isneginf(logs)).all() and (np.diff(np.where(np.isneginf(taken), -1e300, taken),
-                                                             axis=1) <= 1e-6*np.abs(np.nan_to_num(taken[:,
-                                                                                                        1:],
-                                                                                                  neginf=0))
-                                                     + 1e-9).all()
+            assert (np.isneginf(taken) == np.isneginf(logs)).all()
+            rises = np.diff(np.where(np.isneginf(taken), -1e300, taken), axis=1)
+            rounding = 1e-6*np.abs(np.nan_to_num(taken[:, 1:], neginf=0)) + 1e-9
+            assert (rises <= rounding).all()
             assert block > 1 or (places == want).mean() > .99
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from hypothesis import given, settings
@@ -94,8 +95,11 @@ def test_evaluation_starts_fast(tmp_path):
     "Nothing slow to import on the way to an evaluation"
     (tmp_path / 'gt.csv').write_text('article_id,image_id\na,i\nb,j\n')
     write_run(tmp_path / 'run.tsv', {'a': ['i', 'j']})
-    script = ('import sys; from newsrepro.ranking.runs import evaluate_files; assert evaluate_files(*sys.argv[1:])["R@1"] == 1/2; '
-              'assert not {"torch", "scipy", "transformers", "open_clip", "matplotlib"} & set(sys.modules)')
+    script = dedent('''
+        import sys
+        from newsrepro.ranking.runs import evaluate_files
+        assert evaluate_files(*sys.argv[1:])["R@1"] == 1/2
+        assert not {"torch", "scipy", "transformers", "open_clip", "matplotlib"} & set(sys.modules)''')
     subprocess.run([sys.executable, '-c', script, tmp_path / 'run.tsv', tmp_path / 'gt.csv'], check=True)
 
 

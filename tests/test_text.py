@@ -52,11 +52,9 @@ def opus_folder(folder, layers=6, width=512, words=58100):
                           pad_token_id=words, eos_token_id=0, decoder_start_token_id=words,
                           forced_eos_token_id=0)
     config.save_pretrained(folder)
-    (folder/'generation_config.json').write_text(json.dumps({'num_beams': 4, 'max_length': 512,
-                                                             'pad_token_id': words, 'eos_token_id': 0,
-                                                             'forced_eos_token_id': 0,
-                                                             'decoder_start_token_id': words,
-                                                             'bad_words_ids': [[words]]}))
+    generation = {'num_beams': 4, 'max_length': 512, 'pad_token_id': words, 'eos_token_id': 0,
+                  'forced_eos_token_id': 0, 'decoder_start_token_id': words, 'bad_words_ids': [[words]]}
+    (folder/'generation_config.json').write_text(json.dumps(generation))
     torch.manual_seed(0)
     state = MarianMTModel(config).state_dict()
     state = {key: value for key, value in state.items()
@@ -96,8 +94,8 @@ def test_true_architecture(hub, tmp_path, monkeypatch):
     model, tokenizer = load_marian(folder)
     attention, wide, norm = 4*(512*512 + 512), 2*512*2048 + 2048 + 512, 2*512
     encoder, decoder = 6*(attention + wide + 2*norm), 6*(2*attention + wide + 3*norm)
-    assert sum(p.numel()
-               for p in model.parameters()) == 58101*512 + 2*512*512 + encoder + decoder  # one table of words, two of positions
+    tables = 58101*512 + 2*512*512  # one of words, two of positions
+    assert sum(p.numel() for p in model.parameters()) == tables + encoder + decoder
     alone = {sentence: next(translate_batches(model, tokenizer, [sentence]))[sentence]
              for sentence in GERMAN[:3]}
     assert len(set(alone.values())) == 3 and all(alone.values())
@@ -107,12 +105,12 @@ def test_true_architecture(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, 'load_marian', lambda folder: (model, tokenizer))
     translator = find_translator('profile', 'paper', TranslationMemory(tmp_path/'memory.sqlite'))
     body = f'{GERMAN[0]} {GERMAN[1]}\n{GERMAN[2]}'
-    assert translator([body, GERMAN[2]]) == [f'{alone[GERMAN[0]]} {alone[GERMAN[1]]}\n{alone[GERMAN[2]]}',
-                                             alone[GERMAN[2]]]
+    assert translator([body, GERMAN[2]]) == [
+        f'{alone[GERMAN[0]]} {alone[GERMAN[1]]}\n{alone[GERMAN[2]]}', alone[GERMAN[2]]]
     monkeypatch.setattr(text_module, 'translate_batches', lambda *_: pytest.fail('translated again'))
     again = find_translator('profile', 'paper', TranslationMemory(tmp_path/'memory.sqlite'))
-    assert again([GERMAN[1], f'{GERMAN[2]} {GERMAN[0]}']) == [alone[GERMAN[1]],
-                                                              f'{alone[GERMAN[2]]} {alone[GERMAN[0]]}']
+    assert again([GERMAN[1], f'{GERMAN[2]} {GERMAN[0]}']) == [
+        alone[GERMAN[1]], f'{alone[GERMAN[2]]} {alone[GERMAN[0]]}']
     assert again.label.startswith('Helsinki-NLP/opus-mt-de-en:')
 
 
