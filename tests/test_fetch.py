@@ -444,7 +444,8 @@ def test_memory_stays_bounded(server, tmp_path):
                         | {'b': f'{server.url}/bomb'})
     code = dedent('''
         import os, resource, sys
-        from newsrepro.data.fetch import FetchSettings, fetch_images
+        from newsrepro.data.fetch import fetch_images
+        from newsrepro.data.fetch_settings import FetchSettings
         def high():  # MiB; Linux counts the parent's peak into ru_maxrss, but not into VmHWM
             if not os.path.exists("/proc/self/status"):
                 return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
