@@ -40,7 +40,7 @@ def study(tmp_path_factory):
 def test_everything_promised_is_there(study):
     for notebook in NOTEBOOKS:
         for table in notebook.tables:
-            for kind in ('csv', 'md'):
+            for kind in ('csv', 'md', 'tex'):
                 assert (study/'tables'/f'{table}.{kind}').stat().st_size
         for figure in notebook.figures:
             assert (study/'figures'/f'{figure}.png').read_bytes().startswith(b'\x89PNG')

@@ -57,13 +57,14 @@ def table_part(
     entry: Mapping,  # of the manifest: its notebook's
     verdict: str = '',  # how its numbers compare with the reference
 ) -> dict:  # what the template shows
-    "One table: body, verdict, CSV link, and its command unless the Markdown ends with it."
+    "One table: body, verdict, links, and its command unless the Markdown ends with it."
     markdown = out/'tables'/f'{name}.md'
     text = markdown.read_text(encoding='utf-8') if markdown.is_file() else ''
     body = markdown_html(text.removeprefix(f'**{name}.**')) if text else csv_html(out/'tables'/f'{name}.csv')
     command = '' if 'newsrepro reproduce' in text else entry['command']
+    latex = f'tables/{name}.tex'
     return dict(name=name, body=body, verdict=verdict, csv=f'tables/{name}.csv', command=command,
-                departs=departures_in_words(entry))
+                latex=latex if (out/latex).is_file() else '', departs=departures_in_words(entry))
 
 # %% ../../nbs/study/20_report.ipynb #figure-source
 def figure_source(

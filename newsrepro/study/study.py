@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OFFICIAL_SIZES', 'COLUMNS', 'Settings', 'settings', 'mini_root', 'resolve_data', 'Sources', 'open_sources',
            'data_departures', 'departures_of', 'write_provenance', 'without_truth', 'leave_out', 'tidy_table',
-           'measure_rows', 'draw_rows', 'comparison_rows', 'check_measures', 'markdown_table', 'checkpoints_note',
-           'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run', 'write_figure', 'draw_curve']
+           'measure_rows', 'draw_rows', 'comparison_rows', 'check_measures', 'printed_table', 'markdown_table',
+           'latex_table', 'checkpoints_note', 'dagger_note', 'table_note', 'write_table', 'run_file', 'save_run',
+           'write_figure', 'draw_curve']
 
 # %% ../../nbs/study/06a_study.ipynb #imports
 import hashlib, re, tempfile
@@ -261,15 +262,15 @@ def check_measures(table: pd.DataFrame  # as `tidy_table` returns; other metrics
         inside = [low - 1e-9 <= value[name] <= high + 1e-9 for name in ('MRR', 'MRR@100') if name in value]
         if rising != sorted(rising) or not all(inside): raise ValueError(f'{run}: measures do not agree')
 
-# %% ../../nbs/study/06a_study.ipynb #markdown
+# %% ../../nbs/study/06a_study.ipynb #printed-table
 def _cell(row: pd.Series) -> str:
     if row['metric'] in COUNTS: return f"{row['value']:.0f}"
     interval = f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if pd.notna(row['ci_low']) else ''
     return f"{row['value']:.4f}{interval}"
 
-def markdown_table(table: pd.DataFrame,  # as `tidy_table` returns
-                   name: str  # of the table, for its published numbers
-                  ) -> str:
+def printed_table(table: pd.DataFrame,  # as `tidy_table` returns
+                  name: str  # of the table, for its published numbers
+                 ) -> pd.DataFrame:  # of text
     "One line a run, one pair of columns a metric: computed with its 95 % interval, published."
     reference, lines = published_table(name), []
     several = len(set(zip(table.dataset, table.split))) > 1
@@ -281,17 +282,38 @@ def markdown_table(table: pd.DataFrame,  # as `tidy_table` returns
                 line[f"{row['metric']} published †"] = _published(reference.get((*key, row['metric'])),
                                                                   row['metric'])
         lines.append(line)
-    return _pipe_table(pd.DataFrame(lines).fillna(''))
+    return pd.DataFrame(lines).fillna('')
 
 def _published(number: float | None, metric: str) -> str:
     if number is None: return ''
     return f'{number:g}' if metric in COUNTS else f'{number:.4f}'
 
-# %% ../../nbs/study/06a_study.ipynb #pipe-table
-def _pipe_table(frame: pd.DataFrame) -> str:
+# %% ../../nbs/study/06a_study.ipynb #markdown-table
+def markdown_table(frame: pd.DataFrame  # of `printed_table`
+                  ) -> str:
+    "With pipes; those within a cell are escaped."
     escape = lambda value: str(value).replace('|', '\\|')
     rows = [frame.columns, ['---']*len(frame.columns), *frame.values.tolist()]
     return '\n'.join('| ' + ' | '.join(map(escape, row)) + ' |' for row in rows)
+
+# %% ../../nbs/study/06a_study.ipynb #latex-table
+_LATEX = str.maketrans({letter: f'\\{letter}' for letter in '&%$#_{}'}
+                       | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
+                          '†': r'\textdagger{}', '‡': r'\textdaggerdbl{}', '×': r'\texttimes{}',
+                          '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'})
+
+def latex_table(frame: pd.DataFrame,  # of `printed_table`
+                name: str,  # of the table; its label
+                caption: str,  # a sentence
+                note: str  # Markdown of `table_note`
+               ) -> str:
+    "A `table` with booktabs' rules, the note in small print under it; wants `\\usepackage{booktabs}`."
+    escape = lambda value: str(value).translate(_LATEX)
+    written = frame.map(escape).rename(columns=escape)
+    table = written.to_latex(index=False, escape=False, caption=escape(caption), label=f'tab:{name}')
+    lines = [escape(line.strip().replace('**', '')) for line in note.splitlines() if line.strip()]
+    small = '\n\n'.join(lines)
+    return table.replace(r'\end{table}', f'\\par\\footnotesize\n{small}\n\\end{{table}}')
 
 # %% ../../nbs/study/06a_study.ipynb #table-note
 def checkpoints_note(table: pd.DataFrame  # as `tidy_table` returns
@@ -331,7 +353,7 @@ def write_table(s: Settings,  # of the notebook
                 departures: Sequence[str] = (),  # from the paper's settings, beyond those of `departures_of`
                 lacking: str = ''  # why there may be no rows, where it is not that truth is unknown
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv` and `.md`; returns the tidy table. `ValueError` for no rows without a reason."
+    "Write `tables/<name>.csv`, `.md` and `.tex`; returns the tidy table. `ValueError` for no rows without a reason."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
     departures = [*departures_of(s, collection), *departures]
     table = tidy_table(s, name, rows, collection, not departures)
@@ -344,8 +366,11 @@ def write_table(s: Settings,  # of the notebook
     with atomic_path(s.out_dir/'tables'/f'{name}.csv') as part:
         table.to_csv(part, index=False, lineterminator='\n')
     note = table_note(s, name, table, departures)
-    text = f'**{name}.** {caption}\n\n{markdown_table(table, name)}\n\n{note}\n'
-    with atomic_path(s.out_dir/'tables'/f'{name}.md') as part: part.write_text(text, encoding='utf-8')
+    printed = printed_table(table, name)
+    text = f'**{name}.** {caption}\n\n{markdown_table(printed)}\n\n{note}\n'
+    for ending, written in (('md', text), ('tex', latex_table(printed, name, caption, note))):
+        path = s.out_dir/'tables'/f'{name}.{ending}'
+        with atomic_path(path) as part: part.write_text(written, encoding='utf-8')
     return table
 
 # %% ../../nbs/study/06a_study.ipynb #save-run
