@@ -353,7 +353,7 @@ def write_table(s: Settings,  # of the notebook
                 departures: Sequence[str] = (),  # from the paper's settings, beyond those of `departures_of`
                 lacking: str = ''  # why there may be no rows, where it is not that truth is unknown
                ) -> pd.DataFrame:
-    "Write `tables/<name>.csv`, `.md` and `.tex`; returns the tidy table. `ValueError` for no rows and no reason."
+    "Write `tables/<name>` as CSV, Markdown, LaTeX; returns it tidy. `ValueError` for no rows and no reason."
     if name not in s.notebook.tables: raise ValueError(f'{s.notebook.name} does not declare a table {name}')
     departures = [*departures_of(s, collection), *departures]
     table = tidy_table(s, name, rows, collection, not departures)
