@@ -15,8 +15,8 @@ from scipy import stats
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import ZHANG_BACKBONES, find_backbone
 from newsrepro.data.layouts import read_collection
-from newsrepro.methods.clip_sweep import (COMPARISONS, FINDINGS, agreement, draw_samples, places_among, spread,
-                                          zero_shot)
+from newsrepro.methods.clip_sweep import (COMPARISONS, FINDINGS, agreement, draw_samples, places_among,
+                                          spread, zero_shot)
 from newsrepro.models.loader import load_encoder
 from newsrepro.models.store import EmbeddingStore
 from newsrepro.ranking.metrics import clear_sign
