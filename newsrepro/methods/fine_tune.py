@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RECIPES', 'WEIGHTS', 'CONFIG', 'news_texts', 'make_recipe', 'what_is_kept', 'DecodedPool', 'load_pool',
-           'reading', 'pool_pairs', 'part_of_pool', 'pools_reading', 'embed_pool', 'search', 'search_parts',
-           'checkpoint_config', 'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key', 'train_copy',
-           'fine_tune', 'label']
+           'reading', 'pool_pairs', 'part_of_pool', 'embed_pool', 'search', 'search_parts', 'checkpoint_config',
+           'save_fine_tuned', 'check_config', 'load_fine_tuned', 'model_key', 'train_copy', 'fine_tune', 'label']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #imports
 import copy, json
@@ -153,17 +152,6 @@ def part_of_pool(pool: DecodedPool,  # that holds the part's articles and images
     found = DecodedPool(Pool.of_part(part), pool.tokens, pool.pixels[columns],
                         image_ids=tuple(pool.image_ids[column] for column in columns))
     return reading(found, [text[article] for article in part.articles.article_id], backbone)
-
-# %% ../../nbs/methods/12_fine_tune.ipynb #pools-reading
-def pools_reading(pools: Mapping[str, DecodedPool],  # of one set: 'train', 'test', and maybe 'validation'
-                  texts: Mapping[str, Sequence[str]],  # of 'train' and 'test', one an article
-                  backbone: Backbone  # says the tokenizer
-                 ) -> dict[str, DecodedPool]:
-    "The pools of a set with other texts, the held-out ones out of those of 'train'."
-    own = dict(zip(pools['train'].pool.articles, texts['train'], strict=True))
-    held = {'validation': [own[article] for article in pools['validation'].pool.articles]} \
-        if 'validation' in pools else {}
-    return {part: reading(pools[part], written, backbone) for part, written in (dict(texts) | held).items()}
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #embed-pool
 def embed_pool(encoder: Encoder,  # of the pool's architecture

@@ -118,13 +118,13 @@ def tie_order(
 # %% ../../nbs/ranking/02_metrics.ipynb #intervals
 def _percentile_interval(
     values: np.ndarray,  # (..., n articles)
-    n_resamples: int, seed: int, level: float,  # as of `confidence_intervals`
+    n_resamples: int, seed: int,  # as of `confidence_intervals`
 ) -> tuple[np.ndarray, np.ndarray]:  # low and high, each of shape (...)
     from scipy.stats import bootstrap  # here, as it is slow to import and `evaluate` does without
     n = values.shape[-1]
     if n < 2: raise ValueError(f'an interval needs at least 2 articles, not {n}')
     drawn = bootstrap((values,), np.mean, axis=-1, vectorized=True, method='percentile', batch=100,
-                      n_resamples=n_resamples, confidence_level=level, rng=np.random.default_rng(seed))
+                      n_resamples=n_resamples, rng=np.random.default_rng(seed))
     return drawn.confidence_interval
 
 # %% ../../nbs/ranking/02_metrics.ipynb #mean-interval
@@ -136,7 +136,7 @@ def mean_interval(
     if len(values) < 2:
         value = float(values[0]) if len(values) else np.nan
         return dict(value=value, ci_low=np.nan, ci_high=np.nan, n=len(values))
-    low, high = _percentile_interval(np.asarray(values, dtype=float), n_resamples=2000, seed=seed, level=.95)
+    low, high = _percentile_interval(np.asarray(values, dtype=float), n_resamples=2000, seed=seed)
     return dict(value=float(np.mean(values)), ci_low=float(low), ci_high=float(high), n=len(values))
 
 # %% ../../nbs/ranking/02_metrics.ipynb #confidence-intervals
@@ -145,11 +145,10 @@ def confidence_intervals(
     measures: Sequence[str] = MEASURES,  # names, as in `measure`
     n_resamples: int = 2000,  # bootstrap resamples of the articles
     seed: int = 0,  # seed of the resamples
-    level: float = .95,  # confidence level
 ) -> dict[str, tuple[float, float]]:  # name -> (low, high)
-    "Percentile bootstrap interval of each measure; ValueError for fewer than two articles"
+    "Percentile bootstrap interval (95 %) of each measure; ValueError for fewer than two articles"
     values = np.stack([measure(ranks, m) for m in measures])
-    low, high = _percentile_interval(values, n_resamples, seed, level)
+    low, high = _percentile_interval(values, n_resamples, seed)
     return {m: (float(a), float(b)) for m, a, b in zip(measures, low, high)}
 
 # %% ../../nbs/ranking/02_metrics.ipynb #randomisation-test

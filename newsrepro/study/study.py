@@ -235,8 +235,8 @@ def draw_rows(ranks: Sequence[np.ndarray],  # one of each draw, as of `measure_r
               **labels  # dataset, split, run, checkpoint, n
              ) -> list[dict]:
     "One tidy row a metric, over all draws."
-    means = lambda name: [measure(own, name).mean() for own in ranks]
-    return [labels | dict(metric=metric) | summary(means(name)) for metric, name in metrics.items()]
+    return [labels | dict(metric=metric) | summary([measure(own, name).mean() for own in ranks])
+            for metric, name in metrics.items()]
 
 # %% ../../nbs/study/06a_study.ipynb #comparison-rows
 def comparison_rows(compared: Comparison,  # of two runs
