@@ -16,6 +16,7 @@ _HOMES = {
     'ranking.one_to_one': ('dual_softmax_top_k', 'assign'),
     'ranking.retrieve': ('top_k', 'ranked_lists'),
     'ranking.runs': ('read_run', 'write_run', 'evaluate_files', 'compare_files'),
+    'rematching': ('rematch',),
     'study.reproduce': ('reproduce',),
     'study.verify': ('verify',),
 }
