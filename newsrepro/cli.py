@@ -445,7 +445,7 @@ def rematch_lines(
         yield f"{found['method']} by {checkpoints}; written to {found['out']}"
         return
     for one in found['models']: yield f"{one['name']}: {one['place']}, {one['megabytes']} MB"
-    yield f"estimated, not measured: at most about {found['seconds']:.0f} s on {found['device']}; nothing was written"
+    yield f"estimated, not measured: about {found['seconds']:.0f} s on {found['device']}; nothing was written"
 
 # %% ../nbs/30_cli.ipynb #print-rematched-measures
 def print_rematched(
@@ -461,24 +461,24 @@ def print_rematched(
 
 # %% ../nbs/30_cli.ipynb #rematch-options
 Articles = Annotated[Path, typer.Argument(
-    metavar='ARTICLES', help='A table with an id and a title a row (CSV, TSV, JSON lines, Parquet), or the folder '
-    'of a collection. Where it names image_id, the lists are measured.')]
+    metavar='ARTICLES', help='A table with an id and a title a row (CSV, TSV, JSON lines, Parquet), or the '
+    'folder of a collection. Where it names image_id, the lists are measured.')]
 Images = Annotated[Path, typer.Argument(
-    metavar='IMAGES', help='A folder of pictures, searched with all folders in it, or a table with image_id and path. '
-    'Pictures are turned upright as their camera says.')]
+    metavar='IMAGES', help='A folder of pictures, searched with all folders in it, or a table with image_id '
+    'and path. Pictures are turned upright as their camera says.')]
 RematchOut = Annotated[Path, _option('Where lists go; nothing that rematch did not write is replaced.',
                                      metavar='DIR')]
 Method = Annotated[str, _option(
-    'clip, dual-softmax, one-to-one (no picture first twice), vilt-rerank (ViLT re-orders the best) or fusion '
-    '(reciprocal ranks of several backbones).')]
+    'clip, dual-softmax, one-to-one (no picture first twice), vilt-rerank (ViLT re-orders the best) or '
+    'fusion (reciprocal ranks of several backbones).')]
 Backbones = Annotated[list[str] | None, _option(
     'A name of the registry, or architecture:tag of open_clip. Repeatable for fusion.', metavar='NAME',
     show_default='ViT-L/14; for fusion the pair of T×V')]
 Top = Annotated[int, _option('Pictures a list, at most.', metavar='N')]
 Depth = Annotated[int, _option('Pictures that ViLT scores again, for vilt-rerank.', metavar='N')]
 Translator = Annotated[str, _option(
-    'profile, none, provided, a Marian model, or a table with text and translation; for German, where the encoder '
-    'is not multilingual.')]
+    'profile, none, provided, a Marian model, or a table with text and translation; for German, where the '
+    'encoder is not multilingual.')]
 Selection = Annotated[str, _option('What is read of an article: title, paragraph-starts or full.')]
 
 # %% ../nbs/30_cli.ipynb #rematch-options-more
@@ -487,25 +487,28 @@ Known = Annotated[Path | None, _option('A table with the picture of each article
 OneSet = Annotated[str | None, _option('Of a collection: only this data set, such as RSS.')]
 OnePart = Annotated[str | None, _option('Of a collection: only train or test.')]
 Unique = Annotated[bool, _option(
-    'No picture is first for two articles: heads of lists are assigned with the highest sum of scores.', '--unique')]
+    'No picture is first for two articles: heads of lists are assigned with the highest sum of scores.',
+    '--unique')]
 Submission = Annotated[Path | None, _option(
     'Also write one picture an article, 460 x 260, named by its id.', metavar='DIR')]
-HTML = Annotated[bool, _option('Also write index.html: articles with their pictures, to search and sort.', '--html')]
+HTML = Annotated[bool, _option('Also write index.html: articles with their pictures, to search and sort.',
+                               '--html')]
 Plan = Annotated[bool, _option('Say what would be matched with which checkpoints, and stop.', '--dry-run')]
 
 # %% ../nbs/30_cli.ipynb #rematch-command
 @app.command()
 def rematch(
     articles: Articles, images: Images, out: RematchOut, method: Method = 'clip', backbone: Backbones = None,
-    profile: Profile = 'mini', weights: Weights = '', device: Device = 'auto', top: Top = 100, depth: Depth = 20,
-    translator: Translator = 'profile', selection: Selection = 'title', truth: Known = None,
+    profile: Profile = 'mini', weights: Weights = '', device: Device = 'auto', top: Top = 100,
+    depth: Depth = 20,
+    translator: Translator = 'profile', selection: Selection = 'full', truth: Known = None,
     dataset: OneSet = None, split: OnePart = None, unique: Unique = False, submission: Submission = None,
     html: HTML = False, dry_run: Plan = False, as_json: JSON = False,
 ) -> None:
     """Rank your own pictures for your own articles.
 
-    The mini checkpoints were trained on generated pictures and are good for trying the command; --profile paper
-    takes the published ones, from the hub or from a folder (--weights DIR)."""
+    The mini checkpoints were trained on generated pictures and are good for trying the command.
+    The published ones come with --profile paper, from the hub or from a folder (--weights DIR)."""
     given = {name: value for name, value in locals().items() if name != 'as_json'}
     from newsrepro.rematching import rematch
     found = rematch(**given)

@@ -10,13 +10,13 @@ __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'METHODS', 'DEFAULT_BACKBONE', 
            'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'backbones_of', 'check_request',
            'check_sizes', 'german_articles', 'models_for', 'work_for', 'Features', 'features_of', 'rankings_of',
            'measures_of', 'Match', 'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines',
-           'write_tables', 'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission',
+           'write_tables', 'for_all', 'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission',
            'write_submission', 'notes_on', 'facts_of', 'prepare', 'write_all', 'rematch']
 
 # %% ../nbs/40_rematch.ipynb #imports
 import csv, hashlib, json, os, re, sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 # %% ../nbs/40_rematch.ipynb #imports-own
 from .core.base import (PACKAGE, InputError, atomic_path, cache_dir, package_version, read_json,
@@ -33,7 +34,7 @@ from .core.base import (PACKAGE, InputError, atomic_path, cache_dir, package_ver
 from .core.checkpoints import Backbone, backbone_pair, find_backbone, model_name
 from .data.layouts import read_collection
 from .data.names import composed, language_of, without_litter
-from .data.pictures import PICTURE_SUFFIXES, inspect_images, open_image, stem, suffix_of
+from .data.pictures import PICTURE_SUFFIXES, inspect_images, is_rotated, open_image, stem, suffix_of
 from .data.tables import encoding_of, read_table, readable
 from .models.store import EmbeddingStore, embed
 from .ranking.metrics import (MEASURES, mean_interval, measure, parse_measure, rank_of_truth,
@@ -55,14 +56,13 @@ def json_lines(
     with readable(path): raw = path.read_bytes()
     try: lines = raw.decode(encoding_of(raw)).splitlines()
     except UnicodeDecodeError as e: raise InputError(f'{path}: {e.reason}; save the file as UTF-8') from None
-    rows = {}
+    rows, text = {}, lambda value: value if isinstance(value, str) else json.dumps(value)
     for number, line in enumerate(lines, start=1):
         if not line.strip(): continue
-        try: rows[number] = dict(json.loads(line))
-        except (ValueError, TypeError):
+        try: rows[number] = {name: text(value) for name, value in json.loads(line).items() if value is not None}
+        except (ValueError, AttributeError):
             raise InputError(f'{path} line {number}: no JSON object; each line is one') from None
-    table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('line')
-    return table.map(lambda value: '' if value is None or value != value else str(value))
+    return pd.DataFrame.from_dict(rows, orient='index', dtype=str).fillna('').rename_axis('line')
 
 # %% ../nbs/40_rematch.ipynb #any-table
 _SHEETS = ('.xlsx', '.xls', '.ods', '.numbers')
@@ -216,6 +216,10 @@ def in_tie_order(
     "In the order in which equal scores are listed."
     return pictures.iloc[tie_order(pictures.image_id.tolist())].reset_index(drop=True)
 
+def _in_slices(rows: pd.DataFrame, size: int = 512) -> pd.DataFrame:
+    starts = tqdm(range(0, len(rows), size), 'reading pictures', delay=5, leave=False, disable=None)
+    return pd.concat([inspect_images(rows[start:start + size]) for start in starts])
+
 def inspect_pictures(
     listed: pd.DataFrame,  # of `list_pictures`
     home: Path,  # folder that the names are relative to
@@ -223,7 +227,7 @@ def inspect_pictures(
     "Find and decode every picture."
     whole = [str((home/name).parent.resolve() if name else home.resolve()) for name in listed.name]
     rows = listed.assign(folder=whole, file=[os.path.basename(name) for name in listed.name])
-    found = inspect_images(rows).drop(columns='folder')
+    found = _in_slices(rows).drop(columns='folder')
     reason = found.reason.where(found.reason != '', found.status.map(_WHY).fillna(''))
     relative = found.path.map(lambda path: path and os.path.relpath(path, home))
     name = found.name.where(found.name != '', relative)
@@ -278,7 +282,9 @@ def notes_of(
     pictures: pd.DataFrame,  # that can be used
     truth: Mapping[str, str],  # article id -> image id
 ) -> Iterator[str]:
-    "Lines on copies, and on truth that cannot be found."
+    "Lines on turned pictures, on copies, and on truth that cannot be found."
+    turned = sum(map(is_rotated, pictures.path))
+    if turned: yield f'{turned} pictures lie on their side or head and are turned upright, as EXIF says'
     copies = int(pictures.sha256.duplicated().sum())
     if copies: yield f'{copies} pictures are byte for byte another one of the pool; both are listed'
     absent = sum(image not in set(pictures.image_id) for image in truth.values())
@@ -337,7 +343,7 @@ def is_multilingual(
 def texts_for(
     articles: pd.DataFrame,  # lang stated or detected
     selection: str,  # 'title', 'paragraph-starts' or 'full'
-    translate,  # articles -> articles in English; None = the encoder reads them as they are
+    translate: Callable | None,  # articles -> articles in English; None = they are read as they are
 ) -> list[str]:  # one an article
     "What of each article is read: where the selected part is empty, the other."
     titled = articles.title.str.strip() != ''
@@ -689,6 +695,17 @@ def _write_thumb(source: str, target: Path) -> None:
     picture.thumbnail(THUMB, Image.Resampling.LANCZOS)
     with atomic_path(target) as part: picture.save(part, 'JPEG', quality=80, optimize=True)
 
+def for_all(
+    job: Callable,  # source, target -> nothing
+    sources: Sequence[str],  # paths
+    targets: Sequence[Path],  # as many
+    what: str,  # what is made, for the bar
+) -> None:
+    "Do a job in threads, with a bar where it takes long and somebody looks."
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(job, sources, targets)
+        for _ in tqdm(done, what, len(targets), leave=False, delay=5, disable=None): pass
+
 def write_thumbs(
     folder: Path,  # of the thumbnails
     pictures: pd.DataFrame,  # path, sha256: those that are shown
@@ -696,8 +713,7 @@ def write_thumbs(
     "Small JPEGs, each made once; those of other pictures are taken away."
     names = [f'{digest[:20]}.jpg' for digest in pictures.sha256]
     wanted = dict(zip(names, pictures.path))
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(_write_thumb, wanted.values(), [folder/name for name in wanted]))
+    for_all(_write_thumb, list(wanted.values()), [folder/name for name in wanted], 'thumbnails')
     for file in folder.glob('*.jpg'):
         if file.name not in wanted and re.fullmatch('[0-9a-f]{20}', file.stem): file.unlink()
     return names
@@ -786,8 +802,7 @@ def write_submission(
     files = [f'{file_name(article)}.png' for article in material.articles.article_id]
     for name in set(before) - set(files):
         if name == os.path.basename(name): (folder/name).unlink(missing_ok=True)
-    targets = [folder/name for name in files]
-    with ThreadPoolExecutor() as pool: list(pool.map(_write_framed, first.path, targets))
+    for_all(_write_framed, first.path.tolist(), [folder/name for name in files], 'submission')
     _write_csv(table, pd.DataFrame(dict(article_id=material.articles.article_id, file=files,
                                         image_id=first.image_id.tolist())))
 
@@ -871,7 +886,7 @@ def rematch(
     top: int = 100,  # pictures a list at most
     depth: int = 20,  # pictures that ViLT scores again, for vilt-rerank
     translator: str = 'profile',  # 'profile', 'none', 'provided', a Marian model or a table
-    selection: str = 'title',  # one of `newsrepro.text.language.SELECTIONS`
+    selection: str = 'full',  # one of `newsrepro.text.language.SELECTIONS`
     truth: str | Path | None = None,  # table with the picture of each article, where it stands apart
     dataset: str | None = None,  # of a collection: this set only
     split: str | None = None,  # of a collection: 'train' or 'test' only
