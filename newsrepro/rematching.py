@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'METHODS', 'DEFAULT_BACKBONE', 'MADE_BY', 'OWN_FILES', 'SHOWN', 'THUMB', 'FRAME',
            'MINI_NOTE', 'json_lines', 'any_table', 'named_columns', 'check_ids', 'read_articles', 'files_below',
-           'readable_name', 'mark_of', 'picture_ids', 'list_pictures', 'in_tie_order', 'inspect_pictures', 'find_named',
-           'Material', 'truth_of', 'notes_of', 'read_material', 'is_multilingual', 'texts_for',
-           'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'backbones_of', 'check_request',
+           'readable_name', 'why_no_picture', 'mark_of', 'picture_ids', 'list_pictures', 'in_tie_order',
+           'inspect_pictures', 'find_named', 'Material', 'truth_of', 'notes_of', 'read_material', 'is_multilingual',
+           'texts_for', 'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'backbones_of', 'check_request',
            'check_sizes', 'german_articles', 'models_for', 'work_for', 'Features', 'features_of', 'rankings_of',
            'measures_of', 'Match', 'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines',
            'write_tables', 'for_all', 'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission',
@@ -56,10 +56,12 @@ def json_lines(
     with readable(path): raw = path.read_bytes()
     try: lines = raw.decode(encoding_of(raw)).splitlines()
     except UnicodeDecodeError as e: raise InputError(f'{path}: {e.reason}; save the file as UTF-8') from None
-    rows, text = {}, lambda value: value if isinstance(value, str) else json.dumps(value)
+    text = lambda value: value if isinstance(value, str) else json.dumps(value)
+    whole = lambda value: text(value).encode('utf-8', 'replace').decode()  # JSON can name half a character
+    rows = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip(): continue
-        try: rows[number] = {name: text(value) for name, value in json.loads(line).items() if value is not None}
+        try: rows[number] = {name: whole(value) for name, value in json.loads(line).items() if value is not None}
         except (ValueError, AttributeError):
             raise InputError(f'{path} line {number}: no JSON object; each line is one') from None
     return pd.DataFrame.from_dict(rows, orient='index', dtype=str).fillna('').rename_axis('line')
@@ -167,11 +169,18 @@ def readable_name(
     "The name as it can be written to a file."
     return composed(name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace'))
 
+def why_no_picture(
+    name: str,  # of a file
+) -> str:  # '' = it may be one
+    "What keeps a file from being looked at."
+    if '\ufffd' in readable_name(name): return 'a name that is no UTF-8; rename it'
+    return '' if suffix_of(name) in PICTURE_SUFFIXES else 'no picture by its ending'
+
 def mark_of(
     name: str,  # of a file or an id
 ) -> str:  # eight hex digits
     "What tells two names apart that are written alike."
-    return hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 def picture_ids(
     files: Sequence[str],  # relative paths, each once
@@ -186,7 +195,7 @@ def picture_ids(
 
 # %% ../nbs/40_rematch.ipynb #list-pictures
 def _of_folder(folder: Path) -> pd.DataFrame:
-    files = [name for name in files_below(folder) if suffix_of(name) in PICTURE_SUFFIXES]
+    files = [name for name in files_below(folder) if not why_no_picture(name)]
     if files: return pd.DataFrame(dict(image_id=picture_ids(files), name=files))
     endings = ', '.join(sorted(PICTURE_SUFFIXES))
     raise InputError(f'{folder}: no pictures in it; files that end in {endings} are looked for')
@@ -210,15 +219,21 @@ def list_pictures(
 # %% ../nbs/40_rematch.ipynb #inspect-pictures
 _WHY = MappingProxyType(dict(missing='no such file', outside='a link that leads out of its folder'))
 
+def _in_slices(rows: pd.DataFrame, size: int = 512) -> pd.DataFrame:
+    starts = tqdm(range(0, len(rows), size), 'reading pictures', delay=5, leave=False, disable=None)
+    return pd.concat([inspect_images(rows[start:start + size]) for start in starts])
+
+def _inspect_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    there = rows.folder.map(os.path.isdir).astype(bool)
+    gone = rows[~there].drop(columns='file').assign(path='', status='missing', sha256='', reason='')
+    return pd.concat([_in_slices(rows[there]), gone]) if there.any() else gone
+
+# %% ../nbs/40_rematch.ipynb #inspect-all-pictures
 def in_tie_order(
     pictures: pd.DataFrame,  # image_id
 ) -> pd.DataFrame:  # the same rows
     "In the order in which equal scores are listed."
     return pictures.iloc[tie_order(pictures.image_id.tolist())].reset_index(drop=True)
-
-def _in_slices(rows: pd.DataFrame, size: int = 512) -> pd.DataFrame:
-    starts = tqdm(range(0, len(rows), size), 'reading pictures', delay=5, leave=False, disable=None)
-    return pd.concat([inspect_images(rows[start:start + size]) for start in starts])
 
 def inspect_pictures(
     listed: pd.DataFrame,  # of `list_pictures`
@@ -227,7 +242,7 @@ def inspect_pictures(
     "Find and decode every picture."
     whole = [str((home/name).parent.resolve() if name else home.resolve()) for name in listed.name]
     rows = listed.assign(folder=whole, file=[os.path.basename(name) for name in listed.name])
-    found = _in_slices(rows).drop(columns='folder')
+    found = _inspect_rows(rows).drop(columns='folder')
     reason = found.reason.where(found.reason != '', found.status.map(_WHY).fillna(''))
     relative = found.path.map(lambda path: path and os.path.relpath(path, home))
     name = found.name.where(found.name != '', relative)
@@ -237,13 +252,15 @@ def inspect_pictures(
 def find_named(
     pictures: pd.DataFrame,  # image_id, name
 ) -> dict[str, str]:  # what a picture may be called -> image id, where that is one picture
-    "Ids, then paths and file names, with and without extension; names are composed."
-    spellings = lambda name: {name, stem(name), name.rpartition('/')[2], stem(name.rpartition('/')[2])}
-    called = {}
-    for image_id, name in zip(pictures.image_id, pictures.name.map(readable_name)):
-        for spelling in spellings(name): called.setdefault(composed(spelling), set()).add(image_id)
-    own = {image_id: image_id for image_id in pictures.image_id}
-    return {name: ids.pop() for name, ids in called.items() if len(ids) == 1} | own
+    "Ids, then paths and file names, with and without extension, then all of them in small letters."
+    exact, small = {}, {}
+    for image_id, path in zip(pictures.image_id, pictures.name.map(readable_name)):
+        name = path.rpartition('/')[2]
+        for spelling in {path, stem(path), name, stem(name)}:
+            exact.setdefault(spelling, set()).add(image_id)
+            small.setdefault(spelling.casefold(), set()).add(image_id)
+    one = lambda called: {name: ids.pop() for name, ids in called.items() if len(ids) == 1}
+    return one(small) | one(exact) | {image_id: image_id for image_id in pictures.image_id}
 
 # %% ../nbs/40_rematch.ipynb #material
 @dataclass(frozen=True)
@@ -259,7 +276,7 @@ def _left_out(articles: pd.DataFrame, pictures: pd.DataFrame, others: Sequence[s
     rows = [('article', name, 'neither title nor text') for name in articles.article_id]
     rows += [('picture', readable_name(name or own), why)
              for own, name, why in zip(pictures.image_id, pictures.name, pictures.reason)]
-    rows += [('file', readable_name(name), 'no picture by its ending') for name in others]
+    rows += [('file', readable_name(name), why_no_picture(name)) for name in others]
     return pd.DataFrame(sorted(rows), columns=['what', 'name', 'reason'])
 
 # %% ../nbs/40_rematch.ipynb #truth-of
@@ -275,7 +292,8 @@ def truth_of(
         given = {article: known.image_of.get(known.article(article), '') for article in given}
         if not any(given.values()): raise InputError(f'{table}: knows none of the articles by its id')
     called = find_named(pictures)
-    return {article: called.get(image, image) for article, image in given.items() if image}
+    name = lambda image: called.get(image) or called.get(image.casefold(), image)
+    return {article: name(image) for article, image in given.items() if image}
 
 # %% ../nbs/40_rematch.ipynb #notes-of
 def notes_of(
@@ -284,12 +302,12 @@ def notes_of(
 ) -> Iterator[str]:
     "Lines on turned pictures, on copies, and on truth that cannot be found."
     turned = sum(map(is_rotated, pictures.path))
-    if turned: yield f'{turned} pictures lie on their side or head and are turned upright, as EXIF says'
+    if turned: yield f'pictures that are turned upright, as EXIF says: {turned}'
     copies = int(pictures.sha256.duplicated().sum())
-    if copies: yield f'{copies} pictures are byte for byte another one of the pool; both are listed'
+    if copies: yield f'pictures that are byte for byte another one of the pool, and listed, too: {copies}'
     absent = sum(image not in set(pictures.image_id) for image in truth.values())
-    known = f'{absent} of {len(truth)} articles name a picture that is not in the pool'
-    if absent: yield f'{known}; it counts as not found'
+    said = 'articles whose picture is not in the pool, which counts as not found'
+    if absent: yield f'{said}: {absent} of {len(truth)}'
 
 # %% ../nbs/40_rematch.ipynb #read-material
 def _own_pictures(folder: Path, dataset: str | None, split: str | None) -> pd.DataFrame:
@@ -303,7 +321,7 @@ def _picture_files(images: Path, same: bool, dataset: str | None, split: str | N
                   ) -> tuple[pd.DataFrame, list[str]]:  # inspected pictures, other files
     if same: return _own_pictures(images, dataset, split), []
     if not images.is_dir(): return inspect_pictures(list_pictures(images), images.parent), []
-    others = [name for name in files_below(images) if suffix_of(name) not in PICTURE_SUFFIXES]
+    others = [name for name in files_below(images) if why_no_picture(name)]
     return inspect_pictures(list_pictures(images), images), others
 
 # %% ../nbs/40_rematch.ipynb #read-material-all
@@ -322,6 +340,7 @@ def read_material(
     left = _left_out(texts[empty], found[found.status != 'ok'], others)
     usable = found[found.status == 'ok'].reset_index(drop=True)
     if empty.all(): raise InputError(f'{articles}: no article has a title or a text')
+    if found.empty: raise InputError(f'{images}: no pictures in it')
     if usable.empty: raise InputError(f'{images}: none of {len(found)} pictures can be read; the first: '
                                       f'{found.name[0] or found.image_id[0]}, {found.reason[0]}')
     known = truth_of(texts[~empty], found, truth)
@@ -820,8 +839,8 @@ def notes_on(
     if request.assigns: said.append('the head of each list is assigned: no picture is first twice')
     elif found is not None:
         again = len(found.places) - len(set(found.places[:, 0].tolist()))
-        if again: said.append(f'{again} articles share their first picture with an earlier one; '
-                              '--unique gives each its own')
+        shared = 'articles whose first picture is that of an earlier one (--unique gives each its own)'
+        if again: said.append(f'{shared}: {again}')
     return said
 
 # %% ../nbs/40_rematch.ipynb #facts-of

@@ -163,7 +163,7 @@ def test_the_evaluator_reads_the_run(desk, done):
 
 def test_truth_by_a_file_of_its_own(desk, tmp_path):
     found = rematch(desk/'articles.csv', desk/'pictures', tmp_path/'out', truth=desk/'known.tsv')
-    own = rematch(desk/'known.tsv', desk/'pictures', tmp_path/'other')
+    own = rematch(desk/'known.tsv', desk/'pictures', tmp_path/'other', selection='title')
     assert found['metrics'] == own['metrics'] != []
 
 
@@ -262,6 +262,14 @@ def test_a_collection_by_itself(tmp_path):
     assert found['metrics'][0]['n'] == (part.articles.image_id[titled] != '').sum()
 
 
+def test_a_folder_with_nothing_but_a_table(desk, tmp_path):
+    (tmp_path/'texts').mkdir()
+    (tmp_path/'texts'/'t.csv').write_text('article_id,title\n1,A bus\n2,A train\n')
+    assert rematch(tmp_path/'texts', desk/'pictures', tmp_path/'out')['articles'] == 2
+    with pytest.raises(InputError, match='texts: no pictures in it'):
+        rematch(tmp_path/'texts', tmp_path/'texts', tmp_path/'other')
+
+
 def test_a_dry_run_writes_nothing(desk, tmp_path, capsys):
     words = [f'{desk}/articles.csv', f'{desk}/pictures', '--out', f'{tmp_path}/out']
     assert run(['rematch', *words, '--dry-run', '--method', 'vilt-rerank']) == 0
@@ -291,7 +299,7 @@ def wrong(desk):
     (desk/'blank.csv').write_text('id,title\n1, \n')
     (desk/'empty.csv').write_text('id,title\n')
     (desk/'bad.jsonl').write_text('{"id": 1}\nnothing\n')
-    (desk/'pool.csv').write_text('image_id,path\n1,gone.jpg\n')
+    (desk/'pool.csv').write_text('image_id,path\n1,gone/with.jpg\n')
     (desk/'none').mkdir()
     (desk/'other').mkdir()
     (desk/'other'/'mine.txt').write_text('not to be lost')
@@ -308,7 +316,7 @@ def wrong(desk):
     (['{d}/bad.jsonl', '{d}/pictures'], 'bad.jsonl line 2: no JSON object'),
     (['{d}/articles.csv', '{d}/none'], 'none: no pictures in it'),
     (['{d}/articles.csv', '{d}/nowhere'], 'nowhere: no such file or folder'),
-    (['{d}/articles.csv', '{d}/pool.csv'], 'of 1 pictures can be read; the first: gone.jpg, no such file'),
+    (['{d}/articles.csv', '{d}/pool.csv'], 'of 1 pictures can be read; the first: gone/with.jpg, no such file'),
     (['{d}/articles.csv', '{d}/no-title.csv'], 'no column image_id'),
     (['{d}/articles.csv', '{d}/pictures', '--method', 'clap'], '--method clap: use one of clip'),
     (['{d}/articles.csv', '{d}/pictures', '--backbone', 'RN51'], 'RN51'),
