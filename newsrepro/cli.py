@@ -7,11 +7,12 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'PlanJSON', 'Report', 'Against', 'LastRun', 'Whose', 'Seen', 'Folder', 'Web', 'Dataset', 'Split', 'Limit',
            'RetryFailed', 'Convert', 'PlaceholderURLs', 'DropPlaceholders', 'Requests', 'PerHost', 'Retries', 'Timeout',
            'Deadline', 'MaxWait', 'MaxBytes', 'MaxPixels', 'UserAgent', 'AllowPrivate', 'Truth', 'Pool', 'Short',
-           'Metric', 'Articles', 'Images', 'RematchOut', 'Method', 'Backbones', 'Top', 'Depth', 'Translator',
-           'Selection', 'Known', 'OneSet', 'OnePart', 'Unique', 'Submission', 'HTML', 'Plan', 'fail', 'run', 'main',
-           'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro', 'reproduce', 'print_verified', 'verify',
-           'print_notebook', 'list_notebooks', 'count_rows', 'check_data', 'fetch_progress', 'shared_lines',
-           'print_fetched', 'fetch_images', 'evaluate', 'compare', 'rematch_lines', 'print_rematched', 'rematch']
+           'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method', 'Backbones',
+           'Top', 'Depth', 'Translator', 'Selection', 'Known', 'OneSet', 'OnePart', 'Unique', 'Submission', 'HTML',
+           'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro',
+           'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data',
+           'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'evaluate', 'compare', 'fuse',
+           'rematch_lines', 'print_rematched', 'rematch']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -427,6 +428,22 @@ def compare(
     target.print(simple_table(['run', name], rows, right=[name]))
     target.print(f"difference {found['difference']:+.5f}, 95 % interval {low:+.5f} to {high:+.5f}; "
                  f"paired randomisation test over {found['n']} articles: p = {found['p_value']:.4g}")
+
+# %% ../nbs/30_cli.ipynb #fuse
+Runs = Annotated[list[Path], typer.Argument(metavar='RUN...',
+                                            help='Run files of the same articles, two or more.')]
+Fused = Annotated[Path, _option('Run file to be written.', metavar='RUN')]
+Constant = Annotated[float, _option('Added to each rank: the larger, the less the first places stand out.')]
+Kept = Annotated[int, _option('Images kept per article.', metavar='N')]
+
+@app.command()
+def fuse(runs: Runs, out: Fused, constant: Constant = 60, depth: Kept = 100, as_json: JSON = False) -> None:
+    "Make one run of several by reciprocal ranks."
+    from newsrepro.ranking.runs import fuse_files
+    found = fuse_files(runs, out, constant, depth)
+    if as_json: return print_json(found)
+    line = f"{len(runs)} runs of {found['articles']} articles fused; written to {found['out']}"
+    print_lines([line], console())
 
 # %% ../nbs/30_cli.ipynb #print-rematched
 def rematch_lines(

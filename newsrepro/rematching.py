@@ -61,9 +61,10 @@ def json_lines(
     rows = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip(): continue
-        try: rows[number] = {name: whole(value) for name, value in json.loads(line).items() if value is not None}
+        try: found = json.loads(line).items()
         except (ValueError, AttributeError):
             raise InputError(f'{path} line {number}: no JSON object; each line is one') from None
+        rows[number] = {name: whole(value) for name, value in found if value is not None}
     return pd.DataFrame.from_dict(rows, orient='index', dtype=str).fillna('').rename_axis('line')
 
 # %% ../nbs/40_rematch.ipynb #any-table

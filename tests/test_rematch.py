@@ -316,7 +316,7 @@ def wrong(desk):
     (['{d}/bad.jsonl', '{d}/pictures'], 'bad.jsonl line 2: no JSON object'),
     (['{d}/articles.csv', '{d}/none'], 'none: no pictures in it'),
     (['{d}/articles.csv', '{d}/nowhere'], 'nowhere: no such file or folder'),
-    (['{d}/articles.csv', '{d}/pool.csv'], 'of 1 pictures can be read; the first: gone/with.jpg, no such file'),
+    (['{d}/articles.csv', '{d}/pool.csv'], 'can be read; the first: gone/with.jpg, no such file'),
     (['{d}/articles.csv', '{d}/no-title.csv'], 'no column image_id'),
     (['{d}/articles.csv', '{d}/pictures', '--method', 'clap'], '--method clap: use one of clip'),
     (['{d}/articles.csv', '{d}/pictures', '--backbone', 'RN51'], 'RN51'),
