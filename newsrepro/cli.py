@@ -8,8 +8,8 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'RetryFailed', 'Convert', 'PlaceholderURLs', 'DropPlaceholders', 'Requests', 'PerHost', 'Retries', 'Timeout',
            'Deadline', 'MaxWait', 'MaxBytes', 'MaxPixels', 'UserAgent', 'AllowPrivate', 'Truth', 'Pool', 'Short',
            'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method', 'Backbones',
-           'Top', 'Depth', 'Translator', 'Selection', 'Known', 'OneSet', 'OnePart', 'Unique', 'Submission', 'HTML',
-           'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro',
+           'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart', 'Unique', 'Submission',
+           'HTML', 'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro',
            'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data',
            'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'evaluate', 'compare', 'fuse',
            'rematch_lines', 'print_rematched', 'rematch']
@@ -462,7 +462,10 @@ def rematch_lines(
         yield f"{found['method']} by {checkpoints}; written to {found['out']}"
         return
     for one in found['models']: yield f"{one['name']}: {one['place']}, {one['megabytes']} MB"
-    yield f"estimated, not measured: about {found['seconds']:.0f} s on {found['device']}; nothing was written"
+    seconds = found['seconds']
+    about = '' if seconds is None else f"about {seconds:.0f} s on {found['device']}"
+    yield f'estimated, not measured: {about}' if about else 'how long a training takes is not estimated'
+    yield 'nothing was written'
 
 # %% ../nbs/30_cli.ipynb #print-rematched-measures
 def print_rematched(
@@ -486,17 +489,19 @@ Images = Annotated[Path, typer.Argument(
 RematchOut = Annotated[Path, _option('Where lists go; nothing that rematch did not write is replaced.',
                                      metavar='DIR')]
 Method = Annotated[str, _option(
-    'clip, dual-softmax, one-to-one (no picture first twice), vilt-rerank (ViLT re-orders the best) or '
-    'fusion (reciprocal ranks of several backbones).')]
+    'clip, dual-softmax, one-to-one (no picture first twice), vilt-rerank (ViLT re-orders the best), '
+    'fusion (reciprocal ranks of several backbones) or txv (T×V, trained on the pairs of --train).')]
 Backbones = Annotated[list[str] | None, _option(
-    'A name of the registry, or architecture:tag of open_clip. Repeatable for fusion.', metavar='NAME',
-    show_default='ViT-L/14; for fusion the pair of T×V')]
+    'A name of the registry, or architecture:tag of open_clip; for txv also timm:NAME and '
+    'sentence-transformers:NAME. Repeatable for fusion and txv.', metavar='NAME',
+    show_default='ViT-L/14; for fusion and txv a pair')]
 Top = Annotated[int, _option('Pictures a list, at most.', metavar='N')]
 Depth = Annotated[int, _option('Pictures that ViLT scores again, for vilt-rerank.', metavar='N')]
 Translator = Annotated[str, _option(
     'profile, none, provided, a Marian model, or a table with text and translation; for German, where the '
     'encoder is not multilingual.')]
 Selection = Annotated[str, _option('What is read of an article: title, paragraph-starts or full.')]
+Train = Annotated[Path | None, _option('A collection whose training pairs T×V learns from.', metavar='DIR')]
 
 # %% ../nbs/30_cli.ipynb #rematch-options-more
 Known = Annotated[Path | None, _option('A table with the picture of each article, where it stands apart.',
@@ -518,7 +523,8 @@ def rematch(
     articles: Articles, images: Images, out: RematchOut, method: Method = 'clip', backbone: Backbones = None,
     profile: Profile = 'mini', weights: Weights = '', device: Device = 'auto', top: Top = 100,
     depth: Depth = 20,
-    translator: Translator = 'profile', selection: Selection = 'full', truth: Known = None,
+    translator: Translator = 'profile', selection: Selection = 'full', train: Train = None,
+    truth: Known = None,
     dataset: OneSet = None, split: OnePart = None, unique: Unique = False, submission: Submission = None,
     html: HTML = False, dry_run: Plan = False, as_json: JSON = False,
 ) -> None:

@@ -7,11 +7,12 @@ __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'METHODS', 'DEFAULT_BACKBONE', 
            'MINI_NOTE', 'json_lines', 'any_table', 'named_columns', 'check_ids', 'read_articles', 'files_below',
            'readable_name', 'why_no_picture', 'mark_of', 'picture_ids', 'list_pictures', 'in_tie_order',
            'inspect_pictures', 'find_named', 'Material', 'truth_of', 'notes_of', 'read_material', 'is_multilingual',
-           'texts_for', 'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'backbones_of', 'check_request',
-           'check_sizes', 'german_articles', 'models_for', 'work_for', 'Features', 'features_of', 'rankings_of',
-           'measures_of', 'Match', 'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines',
-           'write_tables', 'for_all', 'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission',
-           'write_submission', 'notes_on', 'facts_of', 'prepare', 'write_all', 'rematch']
+           'texts_for', 'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'kind_of', 'backbones_of',
+           'check_request', 'check_sizes', 'reads_german', 'translates', 'german_articles', 'models_for', 'work_for',
+           'Features', 'features_of', 'rankings_of', 'measures_of', 'training_articles', 'txv_features', 'Match',
+           'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines', 'write_tables', 'for_all',
+           'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission', 'write_submission', 'notes_on',
+           'facts_of', 'prepare', 'write_all', 'rematch']
 
 # %% ../nbs/40_rematch.ipynb #imports
 import csv, hashlib, json, os, re, sys
@@ -353,7 +354,7 @@ _MULTILINGUAL = re.compile('xlm|mt5|nllb|i18n|siglip-?2|worldwide|multilingual',
 def is_multilingual(
     backbone: Backbone,  # of open_clip
 ) -> bool:
-    "Whether architecture, text tower or tokenizer are of a multilingual family."
+    "Whether architecture, text tower or tokenizer are of a multilingual family; of others the name counts."
     import open_clip
     tower = (open_clip.get_model_config(backbone.model) or {}).get('text_cfg', {})
     named = (backbone.model, backbone.tag, tower.get('hf_model_name'), tower.get('hf_tokenizer_name'))
@@ -420,13 +421,13 @@ def rerank(
     return np.hstack([odds, np.full(rest.shape, np.nan)]), np.hstack([better, rest])
 
 # %% ../nbs/40_rematch.ipynb #request
-METHODS = ('clip', 'dual-softmax', 'one-to-one', 'vilt-rerank', 'fusion')
+METHODS = ('clip', 'dual-softmax', 'one-to-one', 'vilt-rerank', 'fusion', 'txv')
 
 @dataclass(frozen=True)
 class Request:
     "How to match, checked."
     method: str  # one of `METHODS`
-    backbones: tuple[str, ...]  # names, several for fusion only
+    backbones: tuple[str, ...]  # names, several for fusion and T×V only
     profile: str  # 'mini' or 'paper'
     weights: Path | None  # folder searched first for checkpoints
     device: str  # resolved: 'cpu', 'cuda' or 'cuda:N'
@@ -435,6 +436,7 @@ class Request:
     translator: str  # as `find_translator` takes it
     selection: str  # one of `SELECTIONS`
     unique: bool  # no picture first twice
+    train: Path | None = None  # collection whose pairs T×V learns from
 
     @property
     def assigns(self) -> bool:
@@ -444,28 +446,40 @@ class Request:
 # %% ../nbs/40_rematch.ipynb #backbones-of
 DEFAULT_BACKBONE = 'ViT-L/14'
 
+def kind_of(
+    name: str,  # of a backbone
+) -> str:  # 'clip', 'timm' (pictures alone) or 'sentence-transformers' (texts alone)
+    "Which library a backbone comes from."
+    kind = name.partition(':')[0]
+    return kind if kind in ('timm', 'sentence-transformers') else 'clip'
+
 def backbones_of(
     method: str,  # one of `METHODS`
     given: Sequence[str],  # names; none = the default
     profile: str,  # 'mini' or 'paper'
 ) -> tuple[str, ...]:
     "Names, checked; raises `InputError` for one that is unknown, repeated, or one too many or too few."
-    names = tuple(given) or (backbone_pair(profile) if method == 'fusion' else (DEFAULT_BACKBONE,))
+    several = method in ('fusion', 'txv')
+    names = tuple(given) or (backbone_pair(profile) if several else (DEFAULT_BACKBONE,))
     for name in names:
-        if name.startswith(('timm:', 'sentence-transformers:')):
+        if kind_of(name) != 'clip' and method != 'txv':
             raise InputError(f'--backbone {name}: encodes texts or pictures alone; one that puts both into '
-                             'one space is needed')
-        find_backbone(name, profile)
+                             'one space is needed, or --method txv')
+        if kind_of(name) == 'clip': find_backbone(name, profile)
     if len(set(names)) < len(names): raise InputError(f"--backbone {', '.join(names)}: each once")
     if method == 'fusion' and len(names) < 2: raise InputError('--method fusion: name two --backbone or more')
-    if method != 'fusion' and len(names) > 1:
-        raise InputError(f'--method {method}: one --backbone; --method fusion takes several')
+    if not several and len(names) > 1:
+        raise InputError(f'--method {method}: one --backbone; fusion and txv take several')
+    for lacking, what in (('timm', 'texts'), ('sentence-transformers', 'pictures')):
+        if all(kind_of(name) == lacking for name in names):
+            raise InputError(f'--method {method}: no --backbone encodes {what}')
     return names
 
 # %% ../nbs/40_rematch.ipynb #check-request
 def check_request(
     method: str, backbone: Sequence[str], profile: str, weights: str | Path,  # as `rematch`
     device: str, top: int, depth: int, translator: str, selection: str, unique: bool,  # as `rematch`
+    train: str | Path | None = None,  # as `rematch`
 ) -> Request:
     "The request; raises `InputError` naming the first option that is wrong, and what would be right."
     for option, value, known in (('method', method, METHODS), ('profile', profile, PROFILES),
@@ -475,8 +489,12 @@ def check_request(
         if number < 1: raise InputError(f'--{option} {number}: 1 or more')
     if weights and not Path(weights).is_dir(): raise InputError(f'--weights {weights}: no such folder')
     names = backbones_of(method, backbone, profile)
+    if (method == 'txv') != bool(train):
+        raise InputError('--method txv and --train DIR, whose pairs it learns from, go together')
+    if train and not Path(train).is_dir():
+        raise InputError(f'--train {train}: no such folder; a collection with known pairs is needed')
     return Request(method, names, profile, Path(weights) if weights else None, resolve_device(device), top,
-                   depth, translator, selection, unique)
+                   depth, translator, selection, unique, Path(train) if train else None)
 
 # %% ../nbs/40_rematch.ipynb #check-sizes
 def check_sizes(
@@ -491,16 +509,29 @@ def check_sizes(
     raise InputError(f'{asked}: {counts}, and each can be first once only; give as many '
                      'pictures as articles, or another method')
 
+# %% ../nbs/40_rematch.ipynb #reads-german
+def reads_german(
+    name: str,  # of a backbone
+    profile: str,  # 'mini' or 'paper'
+) -> bool:
+    "Whether nothing need be translated for it; of an encoder of pictures, nothing is."
+    if kind_of(name) == 'clip': return is_multilingual(find_backbone(name, profile))
+    return kind_of(name) == 'timm' or bool(_MULTILINGUAL.search(name))
+
 # %% ../nbs/40_rematch.ipynb #german
+def translates(
+    request: Request,  # that is asked
+) -> bool:
+    "Whether German is to be put into English: where a backbone or ViLT reads English only."
+    known = [reads_german(name, request.profile) for name in request.backbones]
+    return request.translator != 'none' and (request.method == 'vilt-rerank' or not all(known))
+
 def german_articles(
     request: Request,  # that is asked
     articles: pd.DataFrame,  # with their language
 ) -> int:
-    "How many are to be translated: German ones, where a backbone or ViLT reads English only."
-    backbones = [find_backbone(name, request.profile) for name in request.backbones]
-    needed = request.method == 'vilt-rerank' or not all(map(is_multilingual, backbones))
-    asked = request.translator != 'none' and needed
-    return int((articles.lang == 'de').sum())*asked
+    "How many are to be translated."
+    return int((articles.lang == 'de').sum())*translates(request)
 
 # %% ../nbs/40_rematch.ipynb #models-for
 def models_for(
@@ -508,7 +539,8 @@ def models_for(
     german: bool,  # whether anything is to be translated
 ) -> list[tuple[str, str]]:  # kind and name, as `locate` takes them
     "Every checkpoint that will be loaded."
-    wanted = [('clip', name) for name in request.backbones]
+    kinds = {name: 'clip' if kind_of(name) == 'clip' else 'encoder' for name in request.backbones}
+    wanted = [(kind, name) for name, kind in kinds.items()]
     vilt = model_name('vilt', 'profile', request.profile)
     if request.method == 'vilt-rerank': wanted.append(('vilt', vilt))
     marian = request.translator not in ('none', 'provided') and not Path(request.translator).is_file()
@@ -521,10 +553,11 @@ def work_for(
     articles: int,  # that can be used
     pictures: int,  # that can be used
     german: int,  # articles to be translated
-) -> Work:
+) -> Work | None:  # None where nobody has counted
     "What is computed where the store holds nothing yet; as if the texts were as long as the study's."
-    own = {name: find_backbone(name, request.profile) for name in request.backbones}
-    work = sum((encoding(name, request.profile, pictures, articles) for name in own), Work())
+    if request.method == 'txv': return None
+    own = [encoding(name, request.profile, pictures, articles) for name in request.backbones]
+    work = sum(own, Work())
     pairs = articles*min(request.depth, pictures)
     if request.method == 'vilt-rerank': work += scoring(request.profile, pairs)
     return work + Work(translated=german, gflops=german*MARIAN_GFLOPS[request.profile])
@@ -585,6 +618,50 @@ def measures_of(
     ranks = rank_of_truth(lists, truth, depth)
     return pd.DataFrame([dict(metric=name) | mean_interval(measure(ranks, name)) for name in names])
 
+# %% ../nbs/40_rematch.ipynb #training-articles
+def training_articles(
+    folder: Path,  # of a collection
+    articles: pd.DataFrame,  # to be matched; title
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # title, text, lang, path: to learn from, to choose the epoch by
+    "The training pairs, in English or German; raises `InputError` where they are too few."
+    usable, _ = read_collection(folder, split_plain=False).usable()
+    images = usable.images[['dataset', 'split', 'image_id', 'path']]
+    pairs = usable.articles.merge(images, on=['dataset', 'split', 'image_id']).query("split == 'train'")
+    titles = lambda table: table.title.str.split().str.join(' ').str.casefold()
+    pairs = pairs[~titles(pairs).isin(titles(articles))]
+    count = f'{len(pairs)} training pairs that are not to be matched'
+    if len(pairs) < 20: raise InputError(f'--train {folder}: {count}; 20 or more are needed')
+    pairs = pairs.iloc[np.random.default_rng(0).permutation(len(pairs))]
+    pairs = pairs.assign(lang=languages_of(pairs))
+    return pairs[len(pairs)//10:], pairs[:len(pairs)//10]
+
+# %% ../nbs/40_rematch.ipynb #txv-features
+def txv_features(
+    request: Request,  # with `train`
+    material: Material,  # articles with their language
+    translate: Callable,  # articles -> articles in English
+) -> Features:
+    "Texts and pictures in the joint spaces of T×V; a network that was trained before is read."
+    from newsrepro.methods.txv import project, trained_txv, txv_recipe
+    from newsrepro.models.foreign import load_any
+    encoders = {name: load_any(name, request.profile, request.weights, request.device)
+                for name in request.backbones}
+    store = EmbeddingStore(cache_dir()/'embeddings')
+    def texts(articles):
+        into = lambda name: None if reads_german(name, request.profile) else translate
+        return [embed(encoder, texts_for(articles, request.selection, into(name)), 'text', store)
+                for name, encoder in encoders.items() if kind_of(name) != 'timm']
+    def images(table):
+        return [embed(encoder, table.path.tolist(), 'image', store, turned=True)
+                for name, encoder in encoders.items() if kind_of(name) != 'sentence-transformers']
+    parts = training_articles(request.train, material.articles)
+    learn, choose = [(texts(part), images(part)) for part in parts]
+    network, _, key = trained_txv(cache_dir()/'txv', learn, choose, txv_recipe(request.profile),
+                                  device=request.device)
+    label = f"T×V {key[:12]} on {', '.join(encoder.label for encoder in encoders.values())}"
+    return Features(label, project(network, texts(material.articles), 'text'),
+                    project(network, images(material.pictures), 'image'))
+
 # %% ../nbs/40_rematch.ipynb #match
 @dataclass(frozen=True)
 class Match:
@@ -599,7 +676,7 @@ def _matcher(request: Request):
     return load_vilt(model_name('vilt', 'profile', request.profile), request.weights, request.device)
 
 def _translator(request: Request, articles: pd.DataFrame):
-    if not german_articles(request, articles): return None
+    if not translates(request) or not (request.train or german_articles(request, articles)): return None
     memory = TranslationMemory(cache_dir()/'translations.sqlite')
     return find_translator(request.translator, request.profile, memory, request.weights, request.device)
 
@@ -614,10 +691,11 @@ def match(
                         progress=sys.stderr.isatty())
     paths = material.pictures.path.tolist()
     def features(name):
-        many = is_multilingual(find_backbone(name, request.profile))
-        texts = texts_for(material.articles, request.selection, None if many else translate)
+        translated = None if reads_german(name, request.profile) else translate
+        texts = texts_for(material.articles, request.selection, translated)
         return features_of(name, request, texts, paths)
-    found = [features(name) for name in request.backbones]
+    if request.train: found = [txv_features(request, material, translate)]
+    else: found = [features(name) for name in request.backbones]
     matcher = _matcher(request) if request.method == 'vilt-rerank' else None
     texts = texts_for(material.articles, request.selection, translate) if matcher else ()
     lists = rankings_of(request, found, texts, paths, matcher)
@@ -868,7 +946,8 @@ def prepare(
     check_sizes(request, len(material.articles), len(material.pictures))
     articles = material.articles.assign(lang=languages_of(material.articles))
     german = german_articles(request, articles)
-    models = locate_all(models_for(request, bool(german)), request.profile, request.weights)
+    translated = translates(request) and bool(german or request.train)
+    models = locate_all(models_for(request, translated), request.profile, request.weights)
     refuse_missing(models, request.weights)
     return replace(material, articles=articles), models
 
@@ -907,6 +986,7 @@ def rematch(
     depth: int = 20,  # pictures that ViLT scores again, for vilt-rerank
     translator: str = 'profile',  # 'profile', 'none', 'provided', a Marian model or a table
     selection: str = 'full',  # one of `newsrepro.text.language.SELECTIONS`
+    train: str | Path | None = None,  # collection whose pairs T×V learns from
     truth: str | Path | None = None,  # table with the picture of each article, where it stands apart
     dataset: str | None = None,  # of a collection: this set only
     split: str | None = None,  # of a collection: 'train' or 'test' only
@@ -918,7 +998,7 @@ def rematch(
     "Match articles to pictures and write ranked lists; raises `InputError` for anything that cannot be."
     given = dict(locals())
     request = check_request(method, backbone or (), profile, weights, device, top, depth, translator,
-                            selection, unique)
+                            selection, unique, train)
     out, images = Path(out), Path(images)
     check_out(out, images)
     if submission: check_submission(Path(submission), images)
@@ -927,7 +1007,7 @@ def rematch(
     facts = facts_of(request, material, models) | dict(out=str(out))
     if dry_run:
         work = work_for(request, facts['articles'], facts['pictures'], facts['to_translate'])
-        seconds = round(estimated_seconds(work, request.device), 1)
+        seconds = None if work is None else round(estimated_seconds(work, request.device), 1)
         return facts | dict(seconds=seconds, notes=notes_on(request, material))
     claim(out)
     found = match(request, material)

@@ -21,7 +21,7 @@ from newsrepro.models.loader import load_encoder
 from newsrepro.models.store import EmbeddingStore, embed
 from newsrepro.ranking.metrics import tie_order
 from newsrepro.ranking.runs import evaluate_files, read_run
-from newsrepro.rematching import any_table, rematch
+from newsrepro.rematching import any_table, read_articles, rematch, training_articles
 from newsrepro.study.study import mini_root
 
 TRICK = '</script><img src=x onerror=alert(1)> The weather in the city this week'
@@ -213,6 +213,20 @@ def test_vilt_orders_the_best_only(desk, tmp_path):
     assert [image['score'] is None for image in line['images']] == [False]*7 + [True]*93
 
 
+def test_txv_learns_from_given_pairs_once(desk, tmp_path, monkeypatch):
+    root = mini_root()/'newsimages2022'
+    given = dict(method='txv', train=root, translator='none', backbone=['RN50', 'RN101'], device='cpu')
+    first = rematch(desk/'known.tsv', desk/'pictures', tmp_path/'one', **given)
+    assert first['checkpoints'][0].startswith('T×V') and first['metrics'][0]['n'] == 50
+    learn, choose = training_articles(root, read_articles(desk/'known.tsv'))
+    titles = set(any_table(desk/'known.tsv').title)
+    assert not titles & {*learn.title, *choose.title} and set(learn.split) == {'train'}
+    monkeypatch.setattr('newsrepro.methods.txv.train_txv', None)
+    monkeypatch.setattr('newsrepro.models.store.encode', None)
+    rematch(desk/'known.tsv', desk/'pictures', tmp_path/'two', **given)
+    assert (tmp_path/'one'/'run.tsv').read_bytes() == (tmp_path/'two'/'run.tsv').read_bytes()
+
+
 def test_a_table_translates(desk, tmp_path):
     "The German title ranks as its translation does."
     (tmp_path/'t.csv').write_text('text,translation\nDer Bus ist rot,The bus is red\n')
@@ -322,6 +336,8 @@ def wrong(desk):
     (['{d}/articles.csv', '{d}/pictures', '--backbone', 'RN51'], 'RN51'),
     (['{d}/articles.csv', '{d}/pictures', '--backbone', 'timm:resnet50'], 'one space is needed'),
     (['{d}/articles.csv', '{d}/pictures', '--method', 'fusion', '--backbone', 'RN50'], 'two --backbone'),
+    (['{d}/articles.csv', '{d}/pictures', '--method', 'txv'], '--train DIR'),
+    (['{d}/articles.csv', '{d}/pictures', '--method', 'txv', '--train', '{d}/nowhere'], 'no such folder'),
     (['{d}/articles.csv', '{d}/pictures', '--top', '0'], '--top 0: 1 or more'),
     (['{d}/articles.csv', '{d}/pictures', '--profile', 'papr'], 'use one of mini, paper'),
     (['{d}/articles.csv', '{d}/pictures', '--weights', '{d}/nowhere'], 'no such folder'),
