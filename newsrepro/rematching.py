@@ -12,7 +12,7 @@ __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'METHODS', 'DEFAULT_BACKBONE', 
            'Features', 'features_of', 'rankings_of', 'measures_of', 'training_articles', 'txv_features', 'Match',
            'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines', 'write_tables', 'for_all',
            'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission', 'write_submission', 'notes_on',
-           'facts_of', 'prepare', 'write_all', 'rematch']
+           'facts_of', 'prepare', 'write_all', 'write_settings', 'rematch']
 
 # %% ../nbs/40_rematch.ipynb #imports
 import csv, hashlib, json, os, re, sys
@@ -972,6 +972,18 @@ def write_all(
         if not any((out/'thumbs').iterdir()): (out/'thumbs').rmdir()
     return facts
 
+# %% ../nbs/40_rematch.ipynb #write-settings
+def write_settings(
+    out: Path,  # folder
+    given: Mapping,  # every argument of `rematch`
+    facts: Mapping,  # of `write_all`
+) -> None:
+    "Write what made the folder: arguments, versions, checkpoints, counts."
+    versions = {name: package_version(name) for name in ('newsrepro', 'torch', 'open_clip_torch', 'pillow')}
+    plain = lambda value: value is None or isinstance(value, (int, str, list, tuple))
+    asked = {name: value if plain(value) else str(value) for name, value in given.items()}
+    write_json(out/'settings.json', dict(made_by=MADE_BY, asked=asked, versions=versions) | facts)
+
 # %% ../nbs/40_rematch.ipynb #rematch
 def rematch(
     articles: str | Path,  # table with an id and a title a row, or the folder of a collection
@@ -1013,8 +1025,5 @@ def rematch(
     found = match(request, material)
     facts = write_all(out, request, material, found, facts, html)
     if submission: write_submission(Path(submission), found, material)
-    versions = {name: package_version(name) for name in ('newsrepro', 'torch', 'open_clip_torch', 'pillow')}
-    asked = {name: value if isinstance(value, (int, str, list, tuple)) or value is None else str(value)
-             for name, value in given.items()}
-    write_json(out/'settings.json', dict(made_by=MADE_BY, asked=asked, versions=versions) | facts)
+    write_settings(out, given, facts)
     return facts
