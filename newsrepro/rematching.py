@@ -12,15 +12,16 @@ __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'METHODS', 'DEFAULT_BACKBONE', 
            'Features', 'features_of', 'rankings_of', 'measures_of', 'training_articles', 'txv_features', 'Match',
            'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines', 'write_tables', 'for_all',
            'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission', 'write_submission', 'notes_on',
-           'facts_of', 'prepare', 'write_all', 'write_settings', 'rematch']
+           'facts_of', 'prepare', 'write_all', 'command_of', 'write_settings', 'rematch']
 
 # %% ../nbs/40_rematch.ipynb #imports
-import csv, hashlib, json, os, re, sys
+import csv, hashlib, json, os, re, shlex, sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 
@@ -973,6 +974,20 @@ def write_all(
     return facts
 
 # %% ../nbs/40_rematch.ipynb #write-settings
+def command_of(
+    given: Mapping,  # arguments of `rematch`, those that have defaults may lack
+) -> str:
+    "The line that does the same, to be pasted into a shell."
+    usual = {name: one.default for name, one in signature(rematch).parameters.items()}
+    words = ['newsrepro', 'rematch', str(given['articles']), str(given['images']), '--out', str(given['out'])]
+    for name, value in list(given.items())[3:]:
+        option = f"--{name.replace('_', '-')}"
+        if value == usual[name]: continue
+        if value is True: words.append(option)
+        else:
+            for one in value if isinstance(value, (list, tuple)) else [value]: words += [option, str(one)]
+    return shlex.join(words)
+
 def write_settings(
     out: Path,  # folder
     given: Mapping,  # every argument of `rematch`
@@ -982,7 +997,8 @@ def write_settings(
     versions = {name: package_version(name) for name in ('newsrepro', 'torch', 'open_clip_torch', 'pillow')}
     plain = lambda value: value is None or isinstance(value, (int, str, list, tuple))
     asked = {name: value if plain(value) else str(value) for name, value in given.items()}
-    write_json(out/'settings.json', dict(made_by=MADE_BY, asked=asked, versions=versions) | facts)
+    made = dict(made_by=MADE_BY, command=command_of(given), asked=asked, versions=versions)
+    write_json(out/'settings.json', made | facts)
 
 # %% ../nbs/40_rematch.ipynb #rematch
 def rematch(

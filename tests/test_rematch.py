@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shlex
 from inspect import signature
 from pathlib import Path
 
@@ -297,6 +298,9 @@ def test_json_is_one_object(desk, tmp_path, capsys):
     assert run(['rematch', *words, '--json']) == 0
     found = json.loads(capsys.readouterr().out)
     assert found['articles'] == 50 and 'trained on generated pictures' in found['mini']
+    stored = json.loads((tmp_path/'out'/'settings.json').read_text(encoding='utf-8'))
+    assert shlex.split(stored['command'])[1:] == ['rematch', *words]
+    assert found.items() <= stored.items()
 
 
 def test_the_command_has_the_defaults_of_the_function():
