@@ -15,7 +15,8 @@ _HOMES = {
     'ranking.metrics': ('rank_of_truth', 'summarise'),
     'ranking.one_to_one': ('dual_softmax_top_k', 'assign'),
     'ranking.retrieve': ('top_k', 'ranked_lists'),
-    'ranking.runs': ('read_run', 'write_run', 'evaluate_files', 'compare_files'),
+    'ranking.runs': ('read_run', 'write_run', 'evaluate_files', 'compare_files', 'fuse_files'),
+    'rematching': ('rematch',),
     'study.reproduce': ('reproduce',),
     'study.verify': ('verify',),
 }

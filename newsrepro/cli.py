@@ -7,9 +7,12 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'PlanJSON', 'Report', 'Against', 'LastRun', 'Whose', 'Seen', 'Folder', 'Web', 'Dataset', 'Split', 'Limit',
            'RetryFailed', 'Convert', 'PlaceholderURLs', 'DropPlaceholders', 'Requests', 'PerHost', 'Retries', 'Timeout',
            'Deadline', 'MaxWait', 'MaxBytes', 'MaxPixels', 'UserAgent', 'AllowPrivate', 'Truth', 'Pool', 'Short',
-           'Metric', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro',
+           'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method', 'Backbones',
+           'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart', 'Unique', 'Submission',
+           'HTML', 'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro',
            'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data',
-           'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'evaluate', 'compare']
+           'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'evaluate', 'compare', 'fuse',
+           'rematch_lines', 'print_rematched', 'rematch']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -425,3 +428,111 @@ def compare(
     target.print(simple_table(['run', name], rows, right=[name]))
     target.print(f"difference {found['difference']:+.5f}, 95 % interval {low:+.5f} to {high:+.5f}; "
                  f"paired randomisation test over {found['n']} articles: p = {found['p_value']:.4g}")
+
+# %% ../nbs/30_cli.ipynb #fuse
+Runs = Annotated[list[Path], typer.Argument(metavar='RUN...',
+                                            help='Run files of the same articles, two or more.')]
+Fused = Annotated[Path, _option('Run file to be written.', metavar='RUN')]
+Constant = Annotated[float, _option('Added to each rank: the larger, the less the first places stand out.')]
+Kept = Annotated[int, _option('Images kept per article.', metavar='N')]
+
+@app.command()
+def fuse(runs: Runs, out: Fused, constant: Constant = 60, depth: Kept = 100, as_json: JSON = False) -> None:
+    "Make one run of several by reciprocal ranks."
+    from newsrepro.ranking.runs import fuse_files
+    found = fuse_files(runs, out, constant, depth)
+    if as_json: return print_json(found)
+    line = f"{len(runs)} runs of {found['articles']} articles fused; written to {found['out']}"
+    print_lines([line], console())
+
+# %% ../nbs/30_cli.ipynb #print-rematched
+def rematch_lines(
+    found: Mapping,  # of `newsrepro.rematching.rematch`
+    most: int = 10,  # of what was left out that are named
+) -> Iterator[str]:
+    "What was matched with what, what was left out, what is worth knowing."
+    counts = f"{found['articles']} articles, {found['pictures']} pictures"
+    yield f"{counts}; {found['to_translate']} articles to translate; {len(found['left_out'])} left out"
+    for one in found['left_out'][:most]: yield f"- {one['what']} {one['name']}: {one['reason']}"
+    if (more := len(found['left_out']) - most) > 0: yield f'- and {more} more'
+    yield from found['notes']
+    if found['mini']: yield found['mini']
+    if 'seconds' not in found:
+        checkpoints = ', '.join(found['checkpoints'])
+        yield f"{found['method']} by {checkpoints}; written to {found['out']}"
+        return
+    for one in found['models']: yield f"{one['name']}: {one['place']}, {one['megabytes']} MB"
+    seconds = found['seconds']
+    about = '' if seconds is None else f"about {seconds:.0f} s on {found['device']}"
+    yield f'estimated, not measured: {about}' if about else 'how long a training takes is not estimated'
+    yield 'nothing was written'
+
+# %% ../nbs/30_cli.ipynb #print-rematched-measures
+def print_rematched(
+    found: Mapping,  # of `newsrepro.rematching.rematch`
+) -> None:
+    "Print lines, and measures where truth is known."
+    target, number = console(), lambda value: '' if value is None else f'{value:.4f}'
+    print_lines(rematch_lines(found), target)
+    rows = [[one['metric'], *(number(one[name]) for name in ('value', 'ci_low', 'ci_high')), one['n']]
+            for one in found.get('metrics', ())]
+    head = ['measure', 'value', 'low', 'high', 'articles']
+    if rows: target.print(simple_table(head, rows, right=head[1:]))
+
+# %% ../nbs/30_cli.ipynb #rematch-options
+Articles = Annotated[Path, typer.Argument(
+    metavar='ARTICLES', help='A table with an id and a title a row (CSV, TSV, JSON lines, Parquet), or the '
+    'folder of a collection. Where it names image_id, the lists are measured.')]
+Images = Annotated[Path, typer.Argument(
+    metavar='IMAGES', help='A folder of pictures, searched with all folders in it, or a table with image_id '
+    'and path. Pictures are turned upright as their camera says.')]
+RematchOut = Annotated[Path, _option('Where lists go; nothing that rematch did not write is replaced.',
+                                     metavar='DIR')]
+Method = Annotated[str, _option(
+    'clip, dual-softmax, one-to-one (no picture first twice), vilt-rerank (ViLT re-orders the best), '
+    'fusion (reciprocal ranks of several backbones) or txv (T×V, trained on the pairs of --train).')]
+Backbones = Annotated[list[str] | None, _option(
+    'A name of the registry, or architecture:tag of open_clip; for txv also timm:NAME and '
+    'sentence-transformers:NAME. Repeatable for fusion and txv.', metavar='NAME',
+    show_default='ViT-L/14; for fusion and txv a pair')]
+Top = Annotated[int, _option('Pictures a list, at most.', metavar='N')]
+Depth = Annotated[int, _option('Pictures that ViLT scores again, for vilt-rerank.', metavar='N')]
+Translator = Annotated[str, _option(
+    'profile, none, provided, a Marian model, or a table with text and translation; for German, where the '
+    'encoder is not multilingual.')]
+Selection = Annotated[str, _option('What is read of an article: title, paragraph-starts or full.')]
+Train = Annotated[Path | None, _option('A collection whose training pairs T×V learns from.', metavar='DIR')]
+
+# %% ../nbs/30_cli.ipynb #rematch-options-more
+Known = Annotated[Path | None, _option('A table with the picture of each article, where it stands apart.',
+                                       metavar='TABLE')]
+OneSet = Annotated[str | None, _option('Of a collection: only this data set, such as RSS.')]
+OnePart = Annotated[str | None, _option('Of a collection: only train or test.')]
+Unique = Annotated[bool, _option(
+    'No picture is first for two articles: heads of lists are assigned with the highest sum of scores.',
+    '--unique')]
+Submission = Annotated[Path | None, _option(
+    'Also write one picture an article, 460 x 260, named by its id.', metavar='DIR')]
+HTML = Annotated[bool, _option('Also write index.html: articles with their pictures, to search and sort.',
+                               '--html')]
+Plan = Annotated[bool, _option('Say what would be matched with which checkpoints, and stop.', '--dry-run')]
+
+# %% ../nbs/30_cli.ipynb #rematch-command
+@app.command()
+def rematch(
+    articles: Articles, images: Images, out: RematchOut, method: Method = 'clip', backbone: Backbones = None,
+    profile: Profile = 'mini', weights: Weights = '', device: Device = 'auto', top: Top = 100,
+    depth: Depth = 20,
+    translator: Translator = 'profile', selection: Selection = 'full', train: Train = None,
+    truth: Known = None,
+    dataset: OneSet = None, split: OnePart = None, unique: Unique = False, submission: Submission = None,
+    html: HTML = False, dry_run: Plan = False, as_json: JSON = False,
+) -> None:
+    """Rank your own pictures for your own articles.
+
+    The mini checkpoints were trained on generated pictures and are good for trying the command.
+    The published ones come with --profile paper, from the hub or from a folder (--weights DIR)."""
+    given = {name: value for name, value in locals().items() if name != 'as_json'}
+    from newsrepro.rematching import rematch
+    found = rematch(**given)
+    print_json(found) if as_json else print_rematched(found)

@@ -37,10 +37,10 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data', 'fetch-images'])
+@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data', 'fetch-images', 'fuse', 'rematch'])
 def test_starts_without_heavy_imports(command, files):
     given = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain'],
-             'fetch-images': [files/'plain']}
+             'fetch-images': [files/'plain'], 'fuse': ['--help'], 'rematch': ['--help']}
     code = ('import sys\nfrom newsrepro.cli import run\n'
             'assert run(sys.argv[1:]) == 0\n'
             f'print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)')

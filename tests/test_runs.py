@@ -1,6 +1,7 @@
 "Run files: round trips, damaged input, and the official 2021 truth where it is at hand."
 import csv
 import errno
+import json
 import random
 import re
 import subprocess
@@ -18,7 +19,8 @@ from newsrepro.cli import run as command
 from newsrepro.core.base import InputError
 from newsrepro.ranking.metrics import MEASURES
 from newsrepro.data.names import deobfuscate, obfuscate
-from newsrepro.ranking.runs import compare_files, evaluate_files, read_run, read_truth, write_run
+from newsrepro.ranking.runs import (compare_files, evaluate_files, fuse_lists, read_run, read_truth,
+                                    write_run)
 from newsrepro.study.study import run_file
 
 steady = settings(deadline=None, derandomize=True)
@@ -203,3 +205,33 @@ def test_data_sets_have_files_of_their_own(names):
     assert a.lower() != b.lower() or names[0].lower() == names[1].lower()
     for name in (a, b):
         assert re.fullmatch(r'[\w.+-]+', name) and not name.startswith('.') and len(name.encode()) < 200
+
+
+def test_fusion_is_that_of_ranx():
+    "Image by image; ranx breaks ties otherwise, so sums are held against each other."
+    from ranx import Run, fuse
+    rng = random.Random(0)
+    names = [f'i{n}' for n in range(31)]
+    runs = [{f'a{n}': rng.sample(names, rng.randint(1, 29)) for n in range(7)} for _ in range(3)]
+    scores = lambda images: {image: -rank for rank, image in enumerate(images)}
+    scored = [Run({article: scores(images) for article, images in run.items()}) for run in runs]
+    sums = fuse(scored, method='rrf', params=dict(k=60)).to_dict()
+    for article, images in fuse_lists(runs).items():
+        own = sums[article]
+        assert sorted(images) == sorted(own)
+        values = [own[image] for image in images]
+        assert values == pytest.approx(sorted(own.values(), reverse=True), rel=1e-12)
+
+
+def test_fusion_of_files_by_the_command(tmp_path, capsys):
+    for name, first, second in (('a', 'xyz', 'zyx'), ('b', 'yxz', 'zxy'), ('c', 'yzx', 'zxy')):
+        write_run(tmp_path/f'{name}.tsv', {'1': first, '2': second})
+    files = [str(tmp_path/f'{name}.tsv') for name in 'abc']
+    assert command(['fuse', *files, '--out', str(tmp_path/'out.tsv'), '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['articles'] == 2
+    # article 1: y 1/62 + 1/61 + 1/61, x 1/61 + 1/62 + 1/63
+    assert read_run(tmp_path/'out.tsv', shortest=3) == {'1': tuple('yxz'), '2': tuple('zxy')}
+    assert command(['fuse', files[0], '--out', str(tmp_path/'out.tsv')]) == 2
+    assert command(['fuse', *files, '--out', files[1]]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and 'two or more' in told[0] and 'one of the runs' in told[1]

@@ -333,7 +333,7 @@ def _whole_pool(
     pools = []
     for folder, rows in table.groupby('folder'):
         ids = sorted({stem(name) for name in picture_index(folder).values()})
-        pool = pd.DataFrame(dict(image_id=ids, place=str(folder)))
+        pool = pd.DataFrame(dict(image_id=ids, place=str(folder)), dtype=str) # there may be none
         pools.append(rows[['dataset', 'split', 'folder']].drop_duplicates().merge(pool, how='cross'))
     return pd.concat(pools)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'MAX_BYTES', 'SHORTER_SIDE', 'MAX_LONGER_SIDE', 'ExtremeShape', 'decode_whole',
-           'open_image', 'suffix_of', 'is_for_pictures', 'picture_folder', 'stem', 'picture_index', 'case_blind',
-           'inspect_images', 'left_out', 'say_left_out']
+           'open_image', 'is_rotated', 'suffix_of', 'is_for_pictures', 'picture_folder', 'stem', 'picture_index',
+           'case_blind', 'inspect_images', 'left_out', 'say_left_out']
 
 # %% ../../nbs/data/01a_pictures.ipynb #imports
 import hashlib, io, os, re, warnings
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from ..core.base import InputError
 from .names import composed, part_of, set_of, words_of
@@ -108,6 +108,11 @@ def open_image(
         image = _open(path, MAX_PIXELS)
         return _rgb(ImageOps.exif_transpose(image) if turned else image)
     except Exception as e: raise InputError(f'{path}: not a usable picture: {e}') from e
+
+def is_rotated(
+    path: str|Path # image file that can be read
+) -> bool: # whether EXIF says that it is to be turned or mirrored
+    return _open(path, MAX_PIXELS).getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
 
 # %% ../../nbs/data/01a_pictures.ipynb #list-folder
 _WORDS = re.compile('(?: |news|train|test|rss|rt|tw)(?:images?|imgs?|pictures?|pics?|photos?) ')

@@ -213,10 +213,11 @@ def encode_tokens(encoder: Encoder,  # that is asked
 def decoded(encoder: Encoder,  # whose preprocessing is used
             paths: Sequence[str],  # of images
             size: int,  # items a batch
-            workers: int  # threads that decode
+            workers: int,  # threads that decode
+            turned: bool = False  # as EXIF says, see `open_image`
            ) -> Iterator[torch.Tensor]:  # (n, 3, px, px) pixels
     "What the model sees, read ahead; raises `InputError` for a file that is no picture."
-    load = lambda path: encoder.transform(open_image(path))
+    load = lambda path: encoder.transform(open_image(path, turned))
     with ThreadPoolExecutor(workers) as pool:
         pending = []
         for batch in batches(paths, size):
@@ -241,14 +242,15 @@ def encode(encoder: Encoder,  # that is asked
            kind: str,  # 'text' or 'image'
            batch_size: int = 64,  # rows of a batch at most
            workers: int = 0,  # threads that decode; 0 = one a core, at most 8
-           bar: tqdm | None = None  # counts the items; None = one of its own
+           bar: tqdm | None = None,  # counts the items; None = one of its own
+           turned: bool = False  # images as EXIF says, see `open_image`
           ) -> np.ndarray:  # (n, dim) float32, unit rows
     "Embeddings of `items`, in their order; raises `InputError` for a file that is no picture."
     if not len(items): return np.empty((0, encoder.backbone.dim), np.float32)
     workers = workers or min(8, os.cpu_count() or 1)
     with progress(encoder, kind, len(items)) if bar is None else nullcontext(bar) as shown:
         if kind == 'text': return encode_tokens(encoder, encoder.tokenize(list(items)), batch_size, shown)
-        stream = lambda rows: decoded(encoder, items, rows, workers)
+        stream = lambda rows: decoded(encoder, items, rows, workers, turned)
         return encode_pictures(encoder, stream, batch_size, shown)
 
 # %% ../../nbs/models/04a1_encoding.ipynb #count-tokens

@@ -51,6 +51,7 @@ class PictureRule:
     divisor: int = 32  # both sides are multiples of it
     mean: float = .5  # taken off values in [0, 1]
     std: float = .5  # by which the rest is divided
+    turned: bool = False  # as EXIF says, see `newsrepro.data.pictures.open_image`
 
     @property
     def longer(self) -> int:  # 639 for 384
@@ -71,7 +72,7 @@ def load_picture(path: str | Path,  # of any format that Pillow reads
                  rule: PictureRule  # of the checkpoint
                 ) -> torch.Tensor:  # (3, height, width) uint8
     "Decode and resize; raises `InputError` where the file is no whole picture."
-    picture = open_image(path)
+    picture = open_image(path, rule.turned)
     height, width = rule.size(picture.height, picture.width)
     return pil_to_tensor(picture.convert('RGB').resize((width, height), Image.Resampling.BICUBIC))
 

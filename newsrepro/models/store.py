@@ -17,17 +17,20 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..core.base import atomic_path, file_digest
+from ..data.pictures import is_rotated
 from .encoding import batches, count_tokens, encode, progress
 from .loader import Encoder
 from ..text.language import windows
 
 # %% ../../nbs/models/04a3_store.ipynb #content-keys
 def content_key(item: str,  # a text, or the path of an image
-                kind: str  # 'text' or 'image'
+                kind: str,  # 'text' or 'image'
+                turned: bool = False  # an image that EXIF says to turn is another one then
                ) -> bytes:  # 32
     "SHA-256 of a text, or of the bytes of the file at a path."
     if kind == 'text': return hashlib.sha256(item.encode()).digest()
-    return bytes.fromhex(file_digest(item))
+    key = bytes.fromhex(file_digest(item))
+    return hashlib.sha256(key + b'turned').digest() if turned and is_rotated(item) else key
 
 def read_shard(path: Path  # of a shard's file
               ) -> tuple[list[bytes], np.ndarray, float]:  # content keys, rows (n, dim), seconds
@@ -77,17 +80,18 @@ def embed(encoder: Encoder,  # asked for what the store lacks
           kind: str,  # 'text' or 'image'
           store: EmbeddingStore,  # read first, then filled
           batch_size: int = 64,  # rows of a batch at most
-          workers: int = 0  # threads that decode; 0 = one a core, at most 8
+          workers: int = 0,  # threads that decode; 0 = one a core, at most 8
+          turned: bool = False  # images as EXIF says, see `newsrepro.data.pictures.open_image`
          ) -> np.ndarray:  # (n, dim) float32, unit rows, in the order of `items`
     "Embeddings of `items` from the `store`; what it lacks is encoded once, shard by shard, and kept."
-    keys = [content_key(item, kind) for item in items]
+    keys = [content_key(item, kind, turned) for item in items]
     known = store.load(encoder, kind)
     lacking = {key: item for key, item in zip(keys, items) if key not in known}
     with progress(encoder, kind, len(lacking)) as bar:
         for part in batches(list(lacking.items()), store.shard_size):
             start = time.perf_counter()
             part_keys, part_items = zip(*part)
-            rows = encode(encoder, part_items, kind, batch_size, workers, bar)
+            rows = encode(encoder, part_items, kind, batch_size, workers, bar, turned)
             store.save(encoder, kind, part_keys, rows, time.perf_counter() - start)
             known.update(zip(part_keys, rows))
     return np.stack([known[key] for key in keys]) if keys else np.empty((0, encoder.backbone.dim), np.float32)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEPTH', 'write_run', 'Ranking', 'read_rankings', 'read_run', 'Truth', 'read_truth', 'read_pool', 'ranks_of_file',
-           'evaluate_files', 'compare_files']
+           'evaluate_files', 'compare_files', 'fuse_lists', 'fuse_files']
 
 # %% ../../nbs/ranking/03_runs.ipynb #imports
 import csv
 import io
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from ..core.base import InputError, atomic_path
 from ..data.layouts import read_collection
 from ..data.names import obfuscate
 from ..data.tables import read_table
-from .metrics import compare_ranks, found, parse_measure, rank_of_truth, summarise
+from .metrics import compare_ranks, found, parse_measure, rank_of_truth, summarise, tie_order
 
 # %% ../../nbs/ranking/03_runs.ipynb #write-run
 def _is_header(field: str) -> bool:
@@ -263,3 +264,46 @@ def compare_files(
     if len(known.image_of) < 2: raise InputError(f'{truth}: has one article; a comparison needs at least 2')
     result = compare_ranks(*(ranks_of_file(run, known, pool, allow_short) for run in (a, b)), metric, seed)
     return {k: list(v) if k == 'ci95' else v for k, v in asdict(result).items()}
+
+# %% ../../nbs/ranking/03_runs.ipynb #fuse-lists
+def fuse_lists(
+    runs: Sequence[Mapping[str, Sequence[str]]],  # article id -> image ids, best first; of the same articles
+    constant: float = 60,  # of the paper
+    depth: int = DEPTH,  # images kept per article
+) -> dict[str, list[str]]:  # article id -> image ids, best first
+    "Reciprocal-rank fusion; equal sums in `tie_order`"
+    names = sorted({image for run in runs for images in run.values() for image in images})
+    place = {names[j]: number for number, j in enumerate(tie_order(names))}
+    fused = {}
+    for article in runs[0]:
+        shares = {}
+        for run in runs:
+            for rank, image in enumerate(run[article], start=1):
+                shares.setdefault(image, []).append(1 / (constant + rank))
+        total = {image: math.fsum(own) for image, own in shares.items()}
+        fused[article] = sorted(total, key=lambda image: (-total[image], place[image]))[:depth]
+    return fused
+
+# %% ../../nbs/ranking/03_runs.ipynb #fuse-files
+def fuse_files(
+    runs: Sequence[str | Path],  # run files of the same articles, two or more
+    out: str | Path,  # run file to be written
+    constant: float = 60,  # as of `fuse_lists`
+    depth: int = DEPTH,  # images kept per article
+) -> dict:  # out, runs, articles, shortest (length of a list)
+    "Fuse run files by reciprocal ranks; InputError names the run that lacks an article, or a wrong number"
+    if len(runs) < 2: raise InputError(f'{len(runs)} run given; fusion needs two or more')
+    if not 0 < constant < math.inf: raise InputError(f'constant {constant}: a positive number')
+    if depth < 1: raise InputError(f'depth {depth}: 1 or more')
+    if Path(out).resolve() in {Path(run).resolve() for run in runs}:
+        raise InputError(f'{out}: one of the runs; write the fused one to another file')
+    lists = [read_run(run, shortest=1) for run in runs]
+    for path, one in zip(runs, lists):
+        if lacking := [article for article in lists[0] if article not in one]:
+            raise InputError(f'{path}: has no list for article {lacking[0]!r}, which {runs[0]} has')
+        if more := [article for article in one if article not in lists[0]]:
+            raise InputError(f'{runs[0]}: has no list for article {more[0]!r}, which {path} has')
+    fused = fuse_lists(lists, constant, depth)
+    write_run(out, fused)
+    return dict(out=str(out), runs=[str(run) for run in runs], articles=len(fused),
+                shortest=min(map(len, fused.values())))
