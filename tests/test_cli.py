@@ -37,7 +37,8 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data', 'fetch-images', 'fuse', 'rematch'])
+@pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data', 'fetch-images', 'fuse',
+                                     'rematch'])
 def test_starts_without_heavy_imports(command, files):
     given = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain'],
              'fetch-images': [files/'plain'], 'fuse': ['--help'], 'rematch': ['--help']}
