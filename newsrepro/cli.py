@@ -7,12 +7,12 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'PlanJSON', 'Report', 'Against', 'LastRun', 'Whose', 'Seen', 'Folder', 'Web', 'Dataset', 'Split', 'Limit',
            'RetryFailed', 'Convert', 'PlaceholderURLs', 'DropPlaceholders', 'Requests', 'PerHost', 'Retries', 'Timeout',
            'Deadline', 'MaxWait', 'MaxBytes', 'MaxPixels', 'UserAgent', 'AllowPrivate', 'Truth', 'Pool', 'Short',
-           'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method', 'Backbones',
-           'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart', 'Unique', 'Submission',
-           'HTML', 'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro',
-           'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data',
-           'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'evaluate', 'compare', 'fuse',
-           'rematch_lines', 'print_rematched', 'rematch']
+           'Evaluated', 'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method',
+           'Backbones', 'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart', 'Unique',
+           'Submission', 'HTML', 'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table',
+           'newsrepro', 'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows',
+           'check_data', 'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'measured_table',
+           'evaluate', 'compare', 'fuse', 'rematch_lines', 'print_rematched', 'rematch']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -400,16 +400,27 @@ Short = Annotated[bool, _option('Accept lists of fewer than 100 images.', '--all
 def _pool(table: Path | None) -> str | None:
     return table and str(table)
 
+Evaluated = Annotated[list[Path], typer.Argument(
+    metavar='RUN...', help='Run files: an article and its 100 images a line, best first.')]
+
+def measured_table(
+    found: Mapping[Path, Mapping],  # run -> of `evaluate_files`
+):  # rich's
+    "A line a measure, a column a run."
+    values = [[n if isinstance(n, int) else f'{n:.5f}' for n in own.values()] for own in found.values()]
+    heads = list(map(str, found)) if len(found) > 1 else ['value']
+    return simple_table(['measure', *heads], list(zip(next(iter(found.values())), *values)), heads)
+
 @app.command()
 def evaluate(
-    run: _run_file('RUN'), truth: Truth, pool: Pool = None, allow_short: Short = False, as_json: JSON = False,
+    runs: Evaluated, truth: Truth, pool: Pool = None, allow_short: Short = False, as_json: JSON = False,
 ) -> None:
-    "The official metrics of a run file."
+    "The official metrics of run files."
     from newsrepro.ranking.runs import evaluate_files
-    found = evaluate_files(str(run), str(truth), _pool(pool), allow_short)
-    if as_json: return print_json(found)
-    rows = [[name, value if isinstance(value, int) else f'{value:.5f}'] for name, value in found.items()]
-    console().print(simple_table(['measure', 'value'], rows, right=['value']))
+    found = {run: evaluate_files(str(run), str(truth), _pool(pool), allow_short) for run in runs}
+    if not as_json: return console().print(measured_table(found))
+    several = dict(runs=[dict(run=str(run)) | own for run, own in found.items()])
+    print_json(several if len(found) > 1 else found[runs[0]])
 
 # %% ../nbs/30_cli.ipynb #compare
 Metric = Annotated[str, _option('MRR@K or R@K, with K from 1 to 100.')]

@@ -67,6 +67,19 @@ def test_evaluate_follows_the_contract(files):
     assert (found['n'], found['found'], found['MRR@100'], found['R@1'], found['R@5']) == (120, 120, 1/2, 0, 1)
 
 
+def test_several_runs_in_one_table(files, tmp_path):
+    "Each run's numbers are those it has alone; one that cannot be read ends the command."
+    other = tmp_path/'other.tsv'
+    other.write_bytes((files/'run.tsv').read_bytes())
+    alone = json.loads(newsrepro('evaluate', files/'run.tsv', files/'plain', '--json').stdout)
+    found = json.loads(newsrepro('evaluate', files/'run.tsv', other, files/'plain', '--json').stdout)
+    assert found == dict(runs=[dict(run=str(run)) | alone for run in (files/'run.tsv', other)])
+    shown = newsrepro('evaluate', files/'run.tsv', other, files/'plain').stdout
+    assert shown.count(f"{alone['MRR@100']:.5f}") >= 2 and shown.count('MRR@100') == 1
+    done = newsrepro('evaluate', files/'run.tsv', tmp_path/'none.tsv', files/'plain')
+    assert (done.returncode, done.stdout) == (2, '') and 'none.tsv' in done.stderr
+
+
 def test_compare_follows_the_contract(files):
     found = json.loads(newsrepro('compare', files/'run.tsv', files/'run.tsv', files/'plain', '--json').stdout)
     assert set(found) == {'n', 'metric', 'a', 'b', 'difference', 'ci95', 'p_value'}
@@ -75,7 +88,7 @@ def test_compare_follows_the_contract(files):
 
 @pytest.mark.parametrize('arguments, said', [
     (['evalute', 'a', 'b'], 'evalute'),
-    (['evaluate', 'a'], 'TRUTH'),
+    (['evaluate', 'a'], "'RUN...'"),
     (['evaluate', 'a', 'b', '--jsn'], '--jsn'),
     (['evaluate', '{files}/no.tsv', '{files}/plain'], 'no.tsv'),
     (['check-data', '{files}/nowhere'], 'nowhere'),
