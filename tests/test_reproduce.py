@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -307,38 +308,56 @@ def test_a_terminal_without_the_marks_ends_no_study(newsrepro, tmp_path):
 MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$0" && echo mounted && exec sleep infinity'
 
 
-@pytest.fixture
-def on_small_disk(tmp_path, command):
-    """A disk of one megabyte, the command run on it, and the disk as seen from here: in a namespace of its
-    own, where who is not root may mount."""
-    folder, user = tmp_path/'disk', ['--user']*(os.geteuid() != 0)
-    folder.mkdir()
-    holder = subprocess.Popen(['unshare', *user, *('--map-root-user' for _ in user), '--mount', 'sh', '-c',
-                               MOUNT, folder],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@contextmanager
+def small_disk(folder: Path):
+    """Mount a disk of one megabyte, in a namespace of its own, where who is not root may mount, too; yield
+    the words that run a command there and the disk as seen from here, or None where there are no namespaces."""
+    user = ['--user']*(os.geteuid() != 0)
+    words = ['unshare', *user, *('--map-root-user' for _ in user), '--mount', 'sh', '-c', MOUNT, folder]
+    try: holder = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        yield None
+        return
     enter = ['nsenter', f'--target={holder.pid}', *user, *('--preserve-credentials' for _ in user), '--mount']
-    def run(*arguments):
-        return subprocess.run([*enter, *command(*arguments)], capture_output=True, text=True, timeout=300)
-    try:
-        if holder.stdout.readline() != b'mounted\n':
-            pytest.skip(f'no namespace: {holder.stderr.read().decode()}')
-        yield folder, run, Path(f'/proc/{holder.pid}/root{folder}')
+    mounted = holder.stdout.readline() == b'mounted\n'
+    try: yield (enter, Path(f'/proc/{holder.pid}/root{folder}')) if mounted else None
     finally: holder.kill()
 
 
+LARGEST = {1: 500, 4: 3000, 8: 6000}  # pages of 4 KiB that are free -> bytes of a file: less than what is missed
+
+@pytest.fixture(params=['full disk', 'limit'])
+def without_room(request, tmp_path, command):
+    """Runs the command where too little can be written: to a disk that is full, or to any file, as a limit of
+    the kernel that holds for all that is started. Where no disk can be mounted, the limit stands in for it."""
+    folder = tmp_path/'disk'
+    folder.mkdir()
+    def run(words, **more): return subprocess.run(words, capture_output=True, text=True, timeout=300, **more)
+    def limited(pages: int | None, *arguments):
+        limits = LARGEST.get(pages, resource.RLIM_INFINITY), resource.RLIM_INFINITY
+        return run(command(*arguments), preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+    with small_disk(folder) as disk:
+        if request.param == 'limit' or disk is None:
+            yield limited, folder, 'File too large'
+            return
+        enter, seen = disk
+        def filled(pages: int | None, *arguments):
+            (seen/'filler').write_bytes(b'x'*(2**20 - 4096*pages) if pages else b'')
+            return run([*enter, *command(*arguments)])
+        yield filled, seen, 'No space left'
+
+
 @pytest.mark.parametrize('pages', [1, 4, 8])
-def test_a_full_disk_is_said_in_a_line_and_the_rerun_is_right(on_small_disk, pages):
-    "So many pages of 4 KiB are free: too few for the settings, for the notebook, for the table."
-    disk, run, seen = on_small_disk
-    (seen/'filler').write_bytes(b'x'*(2**20 - 4096*pages))
-    done = run('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', disk/'report')
+def test_where_no_room_is_left_a_line_says_so_and_the_rerun_is_right(without_room, tmp_path, pages):
+    "Too little for the settings, for the notebook, for what comes last."
+    run, seen, reason = without_room
+    words = ['reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', tmp_path/'disk'/'report']
+    done = run(pages, *words)
     said = done.stdout + done.stderr
-    assert done.returncode == 1 and 'Traceback' not in said and 'o space' in said, said
-    (seen/'filler').unlink()
-    done = run('reproduce', '--only', '1_square', '--set', '1_square.side=7', '--out', disk/'report')
+    assert done.returncode == 1 and 'Traceback' not in said and reason in said, said
+    done = run(None, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert tables(seen/'report') == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr
-
 
 
 def test_a_user_without_a_name_and_a_home(newsrepro, tmp_path):
