@@ -10,9 +10,9 @@ __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'METHODS', 'DEFAULT_BACKBONE', 
            'texts_for', 'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'kind_of', 'backbones_of',
            'check_request', 'check_sizes', 'reads_german', 'translates', 'german_articles', 'models_for', 'work_for',
            'Features', 'features_of', 'rankings_of', 'measures_of', 'training_articles', 'txv_features', 'Match',
-           'match', 'check_out', 'claim', 'named_lists', 'plain_number', 'write_lines', 'write_tables', 'for_all',
-           'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission', 'write_submission', 'notes_on',
-           'facts_of', 'prepare', 'write_all', 'command_of', 'write_settings', 'rematch']
+           'match', 'check_out', 'claim', 'clear', 'named_lists', 'plain_number', 'write_lines', 'write_tables',
+           'for_all', 'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission', 'write_submission',
+           'notes_on', 'facts_of', 'prepare', 'write_all', 'command_of', 'write_settings', 'rematch']
 
 # %% ../nbs/40_rematch.ipynb #imports
 import csv, hashlib, json, os, re, shlex, sys
@@ -379,13 +379,13 @@ def reciprocal_rank_fusion(
     rankings: Sequence[np.ndarray],  # each (n, m) places, best first
     constant: int = 60,  # of the paper
 ) -> tuple[np.ndarray, np.ndarray]:  # scores float64 and places int64, (n, m), best first
-    "The sum over rankings of 1/(`constant` + rank) (Cormack, Clarke & Büttcher 2009)."
-    total = np.zeros(rankings[0].shape)
-    for places in rankings:
-        share = np.empty(places.shape)
-        of_rank = 1/(constant + np.arange(1, places.shape[1] + 1))
+    "As `fuse_lists`, for lists that all hold the whole pool: the sum of 1/(`constant` + rank)."
+    shares = np.empty((len(rankings), *rankings[0].shape))
+    of_rank = 1/(constant + np.arange(1, shares.shape[2] + 1))
+    for share, places in zip(shares, rankings):
         np.put_along_axis(share, places, np.broadcast_to(of_rank, places.shape), axis=1)
-        total += share
+    shares.sort(axis=0)  # the same ranks have the same sum, whichever backbone gave them
+    total = shares.sum(axis=0)
     places = np.argsort(-total, axis=1, kind='stable')
     return np.take_along_axis(total, places, axis=1), places
 
@@ -725,7 +725,13 @@ OWN_FILES = ('run.tsv', 'run.jsonl', 'images.csv', 'truth.csv', 'metrics.csv', '
 def claim(
     out: Path,  # of `check_out`
 ) -> None:
-    "Take the folder, and take away what an earlier call wrote; thumbnails stay until the page is written."
+    "Take the folder, so that one that cannot be written is refused early; what an earlier call wrote stays."
+    write_json(out/'settings.json', read_json(out/'settings.json') or dict(made_by=MADE_BY))
+
+def clear(
+    out: Path,  # of `claim`
+) -> None:
+    "Take away what an earlier call wrote; thumbnails stay until the page is written."
     write_json(out/'settings.json', dict(made_by=MADE_BY, state='not finished'))
     for name in OWN_FILES: (out/name).unlink(missing_ok=True)
 
@@ -1039,6 +1045,7 @@ def rematch(
         return facts | dict(seconds=seconds, notes=notes_on(request, material))
     claim(out)
     found = match(request, material)
+    clear(out)
     facts = write_all(out, request, material, found, facts, html)
     if submission: write_submission(Path(submission), found, material)
     write_settings(out, given, facts)

@@ -267,6 +267,15 @@ def test_a_rerun_takes_its_own_away_and_nothing_else(desk, tmp_path):
                                                      'left-out.csv', 'settings.json'}
 
 
+def test_a_call_that_fails_loses_nothing_of_the_one_before(desk, tmp_path, monkeypatch):
+    rematch(desk/'known.tsv', desk/'pictures', tmp_path/'out')
+    before = {file.name: file.read_bytes() for file in (tmp_path/'out').iterdir()}
+    def interrupted(*_): raise KeyboardInterrupt
+    monkeypatch.setattr('newsrepro.rematching.match', interrupted)
+    with pytest.raises(KeyboardInterrupt): rematch(desk/'articles.csv', desk/'pictures', tmp_path/'out')
+    assert {file.name: file.read_bytes() for file in (tmp_path/'out').iterdir()} == before
+
+
 def test_a_collection_by_itself(tmp_path):
     root = mini_root()/'newsimages2022'
     found = rematch(root, root, tmp_path/'out', dataset='TW', split='test', backbone=['RN50'])

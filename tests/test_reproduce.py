@@ -324,7 +324,9 @@ def small_disk(folder: Path):
     finally: holder.kill()
 
 
-LARGEST = {1: 500, 4: 3000, 8: 6000}  # pages of 4 KiB that are free -> bytes of a file: less than what is missed
+# free pages of 4 KiB -> bytes that a file may have: settings have more, a notebook, the page
+LARGEST = {1: 500, 4: 3000, 8: 6000}
+
 
 @pytest.fixture(params=['full disk', 'limit'])
 def without_room(request, tmp_path, command):
@@ -335,7 +337,8 @@ def without_room(request, tmp_path, command):
     def run(words, **more): return subprocess.run(words, capture_output=True, text=True, timeout=300, **more)
     def limited(pages: int | None, *arguments):
         limits = LARGEST.get(pages, resource.RLIM_INFINITY), resource.RLIM_INFINITY
-        return run(command(*arguments), preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        return run(command(*arguments), preexec_fn=limit)
     with small_disk(folder) as disk:
         if request.param == 'limit' or disk is None:
             yield limited, folder, 'File too large'
