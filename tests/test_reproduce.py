@@ -310,8 +310,9 @@ MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$0" && echo mounted && exec sleep infi
 
 @contextmanager
 def small_disk(folder: Path):
-    """Mount a disk of one megabyte, in a namespace of its own, where who is not root may mount, too; yield
-    the words that run a command there and the disk as seen from here, or None where there are no namespaces."""
+    """Mount a disk of one megabyte, in a namespace of its own, where who is not root may mount, too.
+
+    Yields the words that run a command there and the disk as seen from here; None without namespaces."""
     user = ['--user']*(os.geteuid() != 0)
     words = ['unshare', *user, *('--map-root-user' for _ in user), '--mount', 'sh', '-c', MOUNT, folder]
     try: holder = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -330,8 +331,9 @@ LARGEST = {1: 500, 4: 3000, 8: 6000}
 
 @pytest.fixture(params=['full disk', 'limit'])
 def without_room(request, tmp_path, command):
-    """Runs the command where too little can be written: to a disk that is full, or to any file, as a limit of
-    the kernel that holds for all that is started. Where no disk can be mounted, the limit stands in for it."""
+    """Runs the command where too little can be written: to a full disk, or to any file.
+
+    The latter is a limit of the kernel, for all that is started, and stands in where no disk can be mounted."""
     folder = tmp_path/'disk'
     folder.mkdir()
     def run(words, **more): return subprocess.run(words, capture_output=True, text=True, timeout=300, **more)
