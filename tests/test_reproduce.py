@@ -333,7 +333,7 @@ LARGEST = {1: 500, 4: 3000, 8: 6000}
 def without_room(request, tmp_path, command):
     """Runs the command where too little can be written: to a full disk, or to any file.
 
-    The latter is a limit of the kernel for all that is started, and stands in where no disk can be mounted."""
+    The latter is a limit of the kernel for all that is started; it stands in where no disk can be mounted."""
     folder = tmp_path/'disk'
     folder.mkdir()
     def run(words, **more): return subprocess.run(words, capture_output=True, text=True, timeout=300, **more)
