@@ -129,7 +129,9 @@ Data = Annotated[list[str] | None, _option(
 Device = Annotated[str, _option('auto, cpu, cuda or cuda:N.')]
 Only = Annotated[list[str] | None, _option(
     'Run this notebook and those it reads from. Repeatable.', metavar='NAME')]
-Jobs = Annotated[int, _option('Notebooks side by side; they share the processors.', min=1, metavar='N')]
+Jobs = Annotated[int | None, _option(
+    'Notebooks side by side; they share the processors.', min=1, metavar='N',
+    show_default='one a processor with the mini models, else 1')]
 Sets = Annotated[list[str] | None, _option(
     'Change a parameter of a notebook; `newsrepro list` shows them. Repeatable.', '--set',
     metavar='NB.PARAM=VALUE')]
@@ -143,7 +145,7 @@ PlanJSON = Annotated[bool, _option('With --dry-run: print one JSON object.', '--
 # %% ../nbs/30_cli.ipynb #reproduce
 @app.command()
 def reproduce(
-    profile: Profile = 'mini', data: Data = None, device: Device = 'auto', only: Only = None, jobs: Jobs = 1,
+    profile: Profile = 'mini', data: Data = None, device: Device = 'auto', only: Only = None, jobs: Jobs = None,
     sets: Sets = None, out: Out = None, weights: Weights = '', force: Force = False, dry_run: DryRun = False,
     as_json: PlanJSON = False,
 ) -> int:
@@ -154,7 +156,7 @@ def reproduce(
     from newsrepro.study.reproduce import reproduce
     request = Request(profile, data or ('mini',), device, weights, only or (), sets or (), out)
     show = (lambda needs: print_json(plan_json(needs))) if as_json else None
-    return reproduce(request, jobs, force, dry_run, show)
+    return reproduce(request, jobs or 0, force, dry_run, show)
 
 # %% ../nbs/30_cli.ipynb #print-verified
 def _explanations(found: Mapping) -> Iterator[str]:

@@ -8,7 +8,7 @@ __all__ = ['NUMBERS', 'ARTICLE', 'ENDING', 'CASES', 'SLOT', 'SLANG', 'BIAS', 'SI
            'Line', 'decline', 'say', 'Event', 'Story', 'render', 'roughen', 'season', 'drifting_name', 'a_topic',
            'a_group', 'a_event', 'an_air', 'a_shot', 'a_print', 'mention', 'mentions', 'opening', 'body', 'tell',
            'tweet', 'news', 'caption', 'press_line', 'captioned', 'defects', 'articles', 'write_portal', 'write_set',
-           'write_captions', 'caption_texts', 'make_mini']
+           'write_captions', 'caption_texts', 'make_mini', 'make_captions']
 
 # %% ../../nbs/mini/08_collections.ipynb #imports
 import csv
@@ -25,6 +25,8 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
+
+from filelock import FileLock
 
 from ..core.base import InputError
 from .pictures import Group, Picture, Print, world_table, write_pictures
@@ -804,6 +806,21 @@ def _move(build: Path, root: Path, settings: dict) -> None:
     except OSError:
         if _made_by(root) != settings: raise
 
+# %% ../../nbs/mini/08_collections.ipynb #make-all
+def _make_all(root: Path, world: World, seed: int, workers: int | None) -> None:
+    "Write and draw everything beside `root`, then put it there."
+    settings = _settings(world, seed)
+    build = Path(mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
+    try:
+        jobs = write_captions(build/'captions', world, seed)
+        jobs += write_portal(build/'newsimages2021', world, seed)
+        for source in ('RSS', 'RT', 'TW'):
+            jobs += write_set(build/'newsimages2022'/source, source, world, seed)
+        _draw_all(jobs, workers or len(os.sched_getaffinity(0)))
+        (build/MARKER).write_text(json.dumps(settings, indent=1)+'\n', encoding='utf-8')
+        _move(build, root, settings)
+    finally: shutil.rmtree(build, ignore_errors=True)
+
 # %% ../../nbs/mini/08_collections.ipynb #make
 def make_mini(root: str | Path,  # folder to make; must not hold anything else
               seed: int = 0,  # of every draw
@@ -819,14 +836,23 @@ def make_mini(root: str | Path,  # folder to make; must not hold anything else
             raise InputError(f'{root}: holds other files; name an empty or a new folder for the mini '
                              'collections')
     root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f'.{root.name}.lock')):  # who comes second waits and finds it done
+        if not (root.exists() and _made_by(root) == settings): _make_all(root, world, seed, workers)
+    return root
+
+# %% ../../nbs/mini/08_collections.ipynb #make-captions
+def make_captions(root: str | Path,  # folder to make; what is there is kept as it is
+                  pictures: int,  # captioned pictures, most with two texts
+                  seed: int  # of every draw
+                 ) -> Path:  # `root`, complete, in the plain layout
+    "A captioned corpus of its own, as `captions` of `make_mini` but without the news."
+    root = Path(root).absolute()
+    if root.exists(): return root
+    root.parent.mkdir(parents=True, exist_ok=True)
     build = Path(mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
     try:
-        jobs = write_captions(build/'captions', world,
-                              seed) + write_portal(build/'newsimages2021', world, seed)
-        for source in ('RSS', 'RT', 'TW'):
-            jobs += write_set(build/'newsimages2022'/source, source, world, seed)
-        _draw_all(jobs, workers or len(os.sched_getaffinity(0)))
-        (build/MARKER).write_text(json.dumps(settings, indent=1)+'\n', encoding='utf-8')
-        _move(build, root, settings)
+        _draw_all(write_captions(build, World(captions=pictures), seed), len(os.sched_getaffinity(0)))
+        build.chmod(0o755)
+        os.rename(build, root)
     finally: shutil.rmtree(build, ignore_errors=True)
     return root

@@ -30,7 +30,7 @@ from .registry import Notebook, read_numbers
 def _clip_names(parameter: str, values: Mapping[str, Any]) -> list[str]:
     if parameter == 'backbones': return backbone_names(values[parameter])
     if 'second' not in values: return [values[parameter]]
-    pair = backbone_pair(values['profile'], values['backbone'], values['second'])
+    pair = backbone_pair(values['backbone'], values['second'])
     return [pair[('backbone', 'second').index(parameter)]]
 
 def _translators(value: str, profile: str) -> list[str]:
@@ -335,9 +335,8 @@ def _wise_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
 def _txv_work(v: Mapping, facts: Mapping[str, Part], selections: int = 1) -> Work:
     images = sum(part.train + part.pool for part in facts.values())
     texts = sum(part.train + part.test for part in facts.values())
-    first, second = backbone_pair(v['profile'], v['backbone'], v['second'])
-    main = encoding(first, v['profile'], images, selections*texts)
-    return main + encoding(second, v['profile'], images, texts)
+    main = encoding(v['backbone'], v['profile'], images, selections*texts)
+    return main + encoding(v['second'], v['profile'], images, texts)
 
 WORK = {'10_vilt': _vilt_work, '11_clip_sweep': _sweep_work, '12_fine_tune': _vu_work,
         '13_wise_ft': _wise_work, '14_txv': _txv_work,
@@ -485,13 +484,15 @@ class Needs:
     models: tuple[Model, ...]  # each once
     device: str = 'cpu'  # 'cpu', 'cuda' or 'cuda:N'
     card: str = ''  # whose rates were measured, '' = none
+    at_once: int = 1  # notebooks side by side
 
     @property
     def running(self) -> list[Requirement]:  # what is neither skipped nor up to date
         return [one for one in self.notebooks if one.state not in ('up to date', 'skipped')]
     @property
     def seconds(self) -> float:  # NaN where one of them is unknown
-        return sum(one.seconds for one in self.running)
+        each = [one.seconds for one in self.running]
+        return max(sum(each)/self.at_once, *each) if each else 0.
     @property
     def on_card(self) -> float:  # seconds on the card; NaN where one of them is unknown
         return sum(one.on_card for one in self.running)

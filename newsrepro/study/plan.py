@@ -7,8 +7,8 @@ __all__ = ['LIBRARIES', 'Request', 'closest', 'choose', 'parse_set', 'existing_f
            'data_for', 'imported_modules', 'code_files', 'notebook_source', 'code_identity', 'folder_identity',
            'library_versions', 'identity_of', 'Job', 'make_job', 'check_profile', 'core_values', 'report_folder',
            'refuse_other_data', 'make_plan', 'stamp', 'is_intact', 'record_digest', 'why_stale', 'stale_jobs',
-           'write_plan', 'read_job', 'request_from_config', 'plan_from_config', 'make_manifest', 'current_state',
-           'overview']
+           'write_plan', 'run_order', 'read_job', 'request_from_config', 'plan_from_config', 'make_manifest',
+           'current_state', 'overview']
 
 # %% ../../nbs/study/25_plan.ipynb #imports
 import ast, hashlib, json, os, platform, re
@@ -408,6 +408,7 @@ def write_plan(
     plan: Sequence[Job],  # at least one
     stale: Mapping[str, str],  # of `stale_jobs`
     threads: int = 1,  # of each job
+    order: Sequence[str] = (),  # names of the first to begin; the others follow as they come
 ) -> Path:  # the folder that Snakemake works in
     "Write each job's settings and the markers of those that need not run."
     state = plan[0].state
@@ -418,8 +419,19 @@ def write_plan(
         if job.name in stale:
             for old in (marker, job.file('failed'), job.file('running')): old.unlink(missing_ok=True)
         else: marker.touch()  # later than its settings and the markers before it
-    write_json(state/'plan.json', dict(notebooks={job.name: job.after for job in plan}, threads=threads))
+    urgency = {name: len(order) - place for place, name in enumerate(order)}
+    write_json(state/'plan.json', dict(notebooks={job.name: job.after for job in plan}, threads=threads,
+                                       priorities={job.name: urgency.get(job.name, 0) for job in plan}))
     return state
+
+# %% ../../nbs/study/25_plan.ipynb #run-order
+def run_order(
+    seconds: Mapping[str, float],  # name -> estimated; NaN where nobody has counted
+    jobs: int = 1,  # notebooks side by side
+) -> list[str]:  # names
+    "The cheapest first, so that there is soon something to see; of the rest, side by side, the longest."
+    known = sorted((name for name in seconds if seconds[name] == seconds[name]), key=seconds.get)
+    return known if jobs == 1 else known[:1] + known[:0:-1]
 
 # %% ../../nbs/study/25_plan.ipynb #read-job
 def read_job(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'models_needed', 'data_counts', 'lacking', 'requirement_of', 'skipped_jobs', 'refuse_skips', 'plan_needs',
-           'thread_count', 'snakemake_command', 'snakemake', 'outcome', 'show_line', 'ended_line', 'Progress', 'follow',
-           'show_cell', 'show_failure', 'run_plan', 'locked', 'show_verdict', 'finish_report', 'looking', 'show_needs',
-           'refusals', 'make_report', 'reproduce']
+           'notebooks_at_once', 'thread_count', 'snakemake_command', 'snakemake', 'outcome', 'show_line', 'ended_line',
+           'Progress', 'follow', 'show_cell', 'show_failure', 'run_plan', 'locked', 'show_verdict', 'finish_report',
+           'looking', 'show_needs', 'refusals', 'make_report', 'reproduce']
 
 # %% ../../nbs/study/25b_reproduce.ipynb #imports
 import errno, os, shlex, subprocess, sys, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .job import child_environment, kill_tree, process_mark, tools_dir
 from .needs import (Model, Needs, Part, Rates, Requirement, asked_of_data, check_against_data,
                                    duration, estimate, facts_of, lines, locate_all, measured_rates,
                                    models_of, projected_seconds, refuse_missing, unmet)
-from .plan import Job, Request, make_manifest, make_plan, stale_jobs, write_plan
+from .plan import Job, Request, make_manifest, make_plan, run_order, stale_jobs, write_plan
 from .registry import NOTEBOOKS, PAPER_LAYOUT, Notebook, resolve_device
 
 # %% ../../nbs/study/25b_reproduce.ipynb #models-needed
@@ -141,6 +142,19 @@ def plan_needs(
     return Needs(tuple(map(row, plan)), tuple(found), device, rates.card if rates else '')
 
 # %% ../../nbs/study/25b_reproduce.ipynb #snakemake-command
+def notebooks_at_once(
+    asked: int,  # notebooks side by side; 0 = chosen here
+    needs: Needs,  # of the run
+    profile: str,  # 'mini' or 'paper'
+) -> int:
+    "One a processor where models are small and memory lasts; a large model wants the machine for itself."
+    if asked: return asked
+    if profile != 'mini' or needs.device != 'cpu': return 1
+    import psutil
+    from joblib import cpu_count
+    lasts = psutil.virtual_memory().available//(2500 << 20)
+    return max(1, min(cpu_count(), len(needs.running), lasts))
+
 def thread_count(
     jobs: int,  # notebooks side by side
 ) -> int:  # threads of each
@@ -302,10 +316,11 @@ def run_plan(
     stale: Mapping[str, str],  # of `stale_jobs`
     console,  # of rich
     jobs: int = 1,  # notebooks side by side
+    order: Sequence[str] = (),  # names of the first to begin
 ) -> dict[str, str]:  # those without a new result -> the one that each waited for, or ''
     "Run the stale jobs under Snakemake, showing progress and failures."
     threads, began = thread_count(jobs), time.time()
-    state = write_plan(plan, stale, threads)
+    state = write_plan(plan, stale, threads, order)
     waiting = [job for job in plan if job.name in stale]
     with snakemake(state, threads*jobs) as process: follow(process, waiting, began, console)
     missing = {}
@@ -404,18 +419,19 @@ def make_report(
     notebooks: Sequence[Notebook],  # the study
     console,  # of rich
     jobs: int = 1,  # notebooks side by side
+    order: Sequence[str] = (),  # names of the first to begin
 ) -> dict[str, str]:  # of `run_plan`
     "Run what is stale and write the report, alone on it."
     with locked(plan[0].state):
         stale = stale_jobs(plan, repeated)
-        missing = run_plan(plan, stale, console, jobs) if stale else {}
+        missing = run_plan(plan, stale, console, jobs, order) if stale else {}
         finish_report(Path(plan[0].out), notebooks, console)
     return missing
 
 # %% ../../nbs/study/25b_reproduce.ipynb #reproduce
 def reproduce(
     request: Request = Request(),  # what is asked for
-    jobs: int = 1,  # notebooks side by side
+    jobs: int = 0,  # notebooks side by side; 0 = as many as `notebooks_at_once` says
     force: bool = False,  # run what is up to date, too
     dry_run: bool = False,  # say what would be done, and stop
     show: Callable[[Needs], None] | None = None,  # gets what the plan needs; None = its lines are printed
@@ -429,11 +445,13 @@ def reproduce(
         plan = make_plan(request, notebooks, folder)
         repeated = (request.only or [job.name for job in plan]) if force else ()
         needs = plan_needs(plan, stale_jobs(plan, repeated), request.only, notebooks)
+    needs = replace(needs, at_once=notebooks_at_once(jobs, needs, request.profile))
     show(needs) if show else show_needs(needs, console)
     if dry_run: return 0
     skipped = {one.name for one in needs.notebooks if one.state == 'skipped'}
     plan = [job for job in plan if job.name not in skipped]
-    missing = make_report(plan, repeated, notebooks, console, jobs)
+    order = run_order({one.name: one.seconds for one in needs.running}, needs.at_once)
+    missing = make_report(plan, repeated, notebooks, console, needs.at_once, order)
     if refused := refusals(plan, missing): raise InputError('; '.join(refused))
     page = Path(plan[0].out)/'index.html'
     console.print(f'report: {page} (open it in a browser)', markup=False, soft_wrap=True)
