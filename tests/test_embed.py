@@ -214,7 +214,9 @@ def test_batches_that_fit_the_cache_in_every_family():
     encoder = load_encoder(find_backbone('RN50'))
     for name, largest in (('RN50', 64*112*112*4), ('ViT-B/32', 50*4*768*4)):
         full = replace(encoder, model=build_model(find_backbone(name, 'paper')).eval())
-        assert rows_at_once(full, torch.zeros(1, 3, 224, 224), 64) == 26*2**20//largest
+        fitting = 26*2**20//largest
+        rows = rows_at_once(full, torch.zeros(1, 3, 224, 224), 64)
+        assert fitting/2 < rows <= fitting and rows in (1, 2, 4, 8, 16, 32, 64)
     lite = replace(encoder,
                    model=ImageTower(timm.create_model('tf_efficientnet_lite2', num_classes=0)).eval())
     assert rows_at_once(lite, torch.zeros(1, 3, 260, 260), 64) == 4
