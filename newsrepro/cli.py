@@ -48,7 +48,10 @@ def run(
         if not isinstance(error, InputError): raise
         return fail(error, 2)
     except BrokenPipeError: raise
-    except OSError as error: return fail(error, 1)
+    except OSError as error:
+        from newsrepro.core.base import NO_ROOM
+        advice = '; make room, and the same command goes on from there' if error.errno in NO_ROOM else ''
+        return fail(f'{error}{advice}', 1)
     if code != 130: return code  # typer's word for Ctrl-C
     return fail('interrupted; the same command takes up where this one stopped', code)
 

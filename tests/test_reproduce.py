@@ -271,7 +271,7 @@ def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):
 
 def test_the_workflow_runs_without_the_command(study):
     "As on a cluster: Snakemake alone plans the job whose marker is gone, and no other."
-    plan = dict(notebooks={'1_square': [], '2_double': ['1_square']}, threads=1)
+    plan = dict(notebooks={'1_square': [], '2_double': ['1_square']}, threads=1, priorities={})
     (study/'.state'/'plan.json').write_text(json.dumps(plan))
     (study/'.state'/'done'/'2_double').unlink()
     words = ['-n', '-s', PACKAGE/'Snakefile', '--config', f'state={study}/.state', '--cores', 1,
@@ -360,6 +360,7 @@ def test_where_no_room_is_left_a_line_says_so_and_the_rerun_is_right(without_roo
     done = run(pages, *words)
     said = done.stdout + done.stderr
     assert done.returncode == 1 and 'Traceback' not in said and reason in said, said
+    if pages == 4: assert 'make room, and the same command goes on' in said, said
     done = run(None, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert tables(seen/'report') == {'square.csv': b'value\n49\n'}, done.stdout + done.stderr

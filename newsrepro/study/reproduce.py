@@ -9,7 +9,7 @@ __all__ = ['MARKS', 'models_needed', 'data_counts', 'lacking', 'requirement_of',
            'looking', 'show_needs', 'refusals', 'make_report', 'reproduce']
 
 # %% ../../nbs/study/25b_reproduce.ipynb #imports
-import errno, os, shlex, subprocess, sys, time
+import os, shlex, subprocess, sys, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..core.base import PACKAGE, InputError, read_json, write_json
+from ..core.base import NO_ROOM, PACKAGE, InputError, read_json, write_json
 from .job import child_environment, kill_tree, process_mark, tools_dir
 from .needs import (Model, Needs, Part, Rates, Requirement, asked_of_data, check_against_data,
                                    duration, estimate, facts_of, lines, locate_all, measured_rates,
@@ -298,8 +298,9 @@ def show_failure(
 ) -> None:
     "Print why `job` has no result; of a refusal, the command's last line says it."
     left = read_json(job.file('failed'))
-    full = os.strerror(errno.ENOSPC) in ((left or {}).get('error', '') or tail)
-    advice = f'no space is left on the disk of {job.out}; make some, and the same command goes on from there'
+    said = (left or {}).get('error', '') or tail
+    full = next((os.strerror(code) for code in NO_ROOM if os.strerror(code) in said), '')
+    advice = f'{full}, {job.out}; make room, and the same command goes on from there'
     if full: show_line(console, 'failed', f'{job.name}  {advice}')
     elif blocked: show_line(console, 'failed', f'{job.name}  not run: it reads the results of {blocked}')
     elif left is None:
