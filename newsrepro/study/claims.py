@@ -64,7 +64,8 @@ class Claim:
 # %% ../../nbs/study/06b_claims.ipynb #claim-texts
 ABOVE = (f'{{0.runs}} in {{0.metric}} on {{0.split}} lies above 0 ({RULE})',
          '{0.runs} lies below 0, likewise')
-WITHIN = ('the 95 % interval of {0.runs} in {0.metric} on {0.split} lies within ± what was found of: {0.margin}',
+WITHIN = ('the 95 % interval of {0.runs} in {0.metric} on {0.split} lies within ± what was found of: '
+          '{0.margin}',
           'that interval lies beyond one of the two limits')
 
 # %% ../../nbs/study/06b_claims.ipynb #joint
@@ -245,7 +246,8 @@ def claims_table(
 ):  # Markdown that a notebook shows
     "What would support each claim and what would contradict it, and the published difference"
     from IPython.display import Markdown
-    rows = [{'claim': one.sentence, 'set': one.dataset, 'supported if': one.supports, 'contradicted if': one.contradicts,
+    rows = [{'claim': one.sentence, 'set': one.dataset, 'supported if': one.supports,
+             'contradicted if': one.contradicts,
              'published difference': _printed(one.published)} for claims in questions for one in claims]
     return Markdown(markdown_table(pd.DataFrame(rows)))
 
