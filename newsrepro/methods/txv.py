@@ -54,9 +54,9 @@ def training_claims(datasets: Sequence[str],  # asked
                    better, other, published=size)
              for dataset, size in zip(datasets, printed('1b', 'train 20% random'))]
     later = [replace(one, sentence='training T×V makes no such difference on later articles', split='test',
-                     published=size, margin=one.id) for one, size in zip(helps, printed('1a', 'test'))]
+                     published=size, margin=one) for one, size in zip(helps, printed('1a', 'test'))]
     both = [Joint('galanopoulos2022', 'training T×V helps on articles of the same weeks, not on later ones',
-                  one.dataset, (one.id, other.id)) for one, other in zip(helps, later)]
+                  pair[0].dataset, pair) for pair in zip(helps, later)]
     return [*helps, *later, *both]
 
 # %% ../../nbs/methods/14_txv.ipynb #choices

@@ -56,7 +56,7 @@ def questions_on(datasets: Sequence[str],  # asked
     helps = [claim('fine-tuned on the set, CLIP finds more', dataset, *ENDS) for dataset in datasets]
     ends = {dataset: [claim(f'WISE-FT finds more than {end}', dataset, 'wise_ft', end) for end in ENDS]
             for dataset in datasets}
-    both = [Joint('fukatsu2022', 'WISE-FT finds more than both ends', dataset, tuple(one.id for one in own))
+    both = [Joint('fukatsu2022', 'WISE-FT finds more than both ends', dataset, tuple(own))
             for dataset, own in ends.items()]
     return [helps, [*sum(ends.values(), []), *both]]
 
