@@ -136,7 +136,7 @@ def test_tables_and_records_say_the_same():
         cells = [cell.strip() for cell in line.strip('|').split('|')]
         assert (cells[0], cells[-1]) == (record['id'], record['verdict']) and record['verdict'] in VERDICTS
         if own.evidence:
-            assert cells[1:4] == [f'{record["value"]:+.3f}', f'[{record["ci_low"]:+.3f}, {record["ci_high"]:+.3f}]',
-                                  f'{record["p"]:.3f}']
+            low, high = record['ci_low'], record['ci_high']
+            assert cells[1:4] == [f'{record["value"]:+.3f}', f'[{low:+.3f}, {high:+.3f}]', f'{record["p"]:.3f}']
             assert cells[5:7] == [f'{record["detectable"]:.3f}', '+0.020']
         assert record['verdict'] in record['sentence']

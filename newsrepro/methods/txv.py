@@ -48,13 +48,13 @@ def training_claims(datasets: Sequence[str],  # asked
                     other: str = 'plain cosine'  # run that it starts from
                    ) -> list[Claim | Joint]:
     "Training T×V helps on articles of the same weeks, and not on later ones."
-    printed = lambda table, split: [printed_difference(f'galanopoulos2022-table-{table}', dataset, split, 'txv',
-                                                       'clip', 'MRR') for dataset in datasets]
+    def printed(table: str, split: str, dataset: str) -> float | None:
+        return printed_difference(f'galanopoulos2022-table-{table}', dataset, split, 'txv', 'clip', 'MRR')
     helps = [Claim('galanopoulos2022', 'training T×V helps on articles of the same weeks', dataset, held,
-                   better, other, published=size)
-             for dataset, size in zip(datasets, printed('1b', 'train 20% random'))]
+                   better, other, published=printed('1b', 'train 20% random', dataset))
+             for dataset in datasets]
     later = [replace(one, sentence='training T×V makes no such difference on later articles', split='test',
-                     published=size, margin=one) for one, size in zip(helps, printed('1a', 'test'))]
+                     published=printed('1a', 'test', one.dataset), margin=one) for one in helps]
     both = [Joint('galanopoulos2022', 'training T×V helps on articles of the same weeks, not on later ones',
                   pair[0].dataset, pair) for pair in zip(helps, later)]
     return [*helps, *later, *both]

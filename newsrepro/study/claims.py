@@ -166,7 +166,7 @@ def _size(claim: Claim, found: Evidence) -> str:
     printed = f'the published {claim.published:+.3f} is'
     limit = f'what these articles can show ({found.detectable:.3f})'
     if claim.published < found.detectable: return f'{printed} smaller than {limit}: nothing was tested'
-    if found.ci_high >= claim.published: return f'{printed} larger than {limit}, but within the interval'
+    if found.ci_high >= claim.published: return f'{printed} larger than {limit}, but not ruled out'
     return f'{printed} larger than {limit}: the finding does not hold here in that size'
 
 # %% ../../nbs/study/06b_claims.ipynb #judge-difference
