@@ -56,8 +56,9 @@ def test_every_notebook_states_them_before_it_runs_and_decides_them_after():
 
 
 def test_published_differences():
-    assert printed_difference('liang2021-table-1', 'newsimages2021', 'test', 'vilt_pretrained', 'vilt_scratch',
-                              'R@100') == pytest.approx(.4658 - .2183)
+    runs = 'vilt_pretrained', 'vilt_scratch'
+    assert printed_difference('liang2021-table-1', 'newsimages2021', 'test', *runs, 'R@100') == pytest.approx(
+        .4658 - .2183)
     assert printed_difference('zhang2022-table-3', 'TW+RSS+RT', 'sample of 2000', 'RN50x64', 'RN50',
                               'R@100') == pytest.approx(.8685 - .8135)
     assert printed_difference('no-table', 'RT', 'test', 'a', 'b') is None
@@ -137,6 +138,7 @@ def test_tables_and_records_say_the_same():
         assert (cells[0], cells[-1]) == (record['id'], record['verdict']) and record['verdict'] in VERDICTS
         if own.evidence:
             low, high = record['ci_low'], record['ci_high']
-            assert cells[1:4] == [f'{record["value"]:+.3f}', f'[{low:+.3f}, {high:+.3f}]', f'{record["p"]:.3f}']
+            assert cells[1:4] == [f'{record["value"]:+.3f}', f'[{low:+.3f}, {high:+.3f}]',
+                                  f'{record["p"]:.3f}']
             assert cells[5:7] == [f'{record["detectable"]:.3f}', '+0.020']
         assert record['verdict'] in record['sentence']

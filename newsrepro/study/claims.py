@@ -263,7 +263,8 @@ def _row(own: Outcome) -> dict[str, str]:
                    '' if own.claim.margin else f'{found.p:.3f}', f'{found.n}', f'{found.detectable:.3f}')
     names = 'ours (by training)', '95 % interval', 'p, corrected', 'articles', 'smallest detectable'
     printed = '' if isinstance(own.claim, Joint) else _printed(own.claim.published)
-    return {'claim': own.claim.id} | dict(zip(names, numbers)) | {'published': printed, 'verdict': own.verdict}
+    columns = dict(zip(names, numbers))
+    return {'claim': own.claim.id} | columns | {'published': printed, 'verdict': own.verdict}
 
 def outcomes_table(
     outcomes: Sequence[Outcome],  # of `decide`
