@@ -139,6 +139,6 @@ def test_tables_and_records_say_the_same():
         if own.evidence:
             low, high = record['ci_low'], record['ci_high']
             assert cells[1:4] == [f'{record["value"]:+.3f}', f'[{low:+.3f}, {high:+.3f}]',
-                                  f'{record["p"]:.3f}']
+                                  f'{record["p"]:.3f}' if record['p'] >= .0005 else '< 0.001']
             assert cells[5:7] == [f'{record["detectable"]:.3f}', '+0.020']
         assert record['verdict'] in record['sentence']

@@ -255,12 +255,14 @@ def claims_table(
     return Markdown(f'{markdown_table(pd.DataFrame(rows, columns=columns))}\n\n{RULE}')
 
 # %% ../../nbs/study/06b_claims.ipynb #outcomes-table
+def _p_value(p: float) -> str: return f'{p:.3f}' if p >= .0005 else '< 0.001'
+
 def _row(own: Outcome) -> dict[str, str]:
     found, numbers = own.evidence, ('',)*5
     if found:
         several = f' ({min(found.by_seed):+.3f} to {max(found.by_seed):+.3f})'*(len(found.by_seed) > 1)
         numbers = (f'{found.value:+.3f}{several}', f'[{found.ci_low:+.3f}, {found.ci_high:+.3f}]',
-                   '' if own.claim.margin else f'{found.p:.3f}', f'{found.n}', f'{found.detectable:.3f}')
+                   '' if own.claim.margin else _p_value(found.p), f'{found.n}', f'{found.detectable:.3f}')
     names = 'ours (by training)', '95 % interval', 'p, corrected', 'articles', 'smallest detectable'
     printed = '' if isinstance(own.claim, Joint) else _printed(own.claim.published)
     columns = dict(zip(names, numbers))
