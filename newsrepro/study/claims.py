@@ -81,7 +81,7 @@ class Joint:
     def id(self) -> str: return f'{self.dataset}: {self.sentence}'
 
     @property
-    def supports(self) -> str: return f'supported are {" and ".join(one.sentence for one in self.parts)}'
+    def supports(self) -> str: return f'all are supported: {"; ".join(one.sentence for one in self.parts)}'
 
     @property
     def contradicts(self) -> str: return 'one of these is contradicted'
