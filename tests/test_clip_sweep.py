@@ -15,11 +15,10 @@ from scipy import stats
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import ZHANG_BACKBONES, find_backbone
 from newsrepro.data.layouts import read_collection
-from newsrepro.methods.clip_sweep import (COMPARISONS, FINDINGS, agreement, draw_samples, places_among,
+from newsrepro.methods.clip_sweep import (COMPARISONS, agreement, draw_samples, places_among,
                                           spread, zero_shot)
 from newsrepro.models.loader import load_encoder
 from newsrepro.models.store import EmbeddingStore
-from newsrepro.ranking.metrics import clear_sign
 from newsrepro.study.registry import published_table
 
 NEWSREPRO = Path(sys.executable).with_name('newsrepro')
@@ -120,10 +119,7 @@ def test_the_spread_is_the_prediction_interval_of_a_mean_and_one_more():
         assert row['value'] == pytest.approx(values.mean())
 
 
-def test_words_follow_interval_and_p():
-    cases = (.1, .2, .01), (-.2, -.1, .01), (-.1, .2, .01), (.1, .2, .06)
-    assert [FINDINGS[clear_sign(*case)] for case in cases] == [
-        'holds', 'is contradicted', 'is not decided', 'is not decided']
+def test_words_follow_the_order():
     nine = dict(zip(ZHANG_BACKBONES, range(9)))
     assert 'follows' in agreement(nine, nine)
     assert 'runs against' in agreement(nine, {name: -place for name, place in nine.items()})

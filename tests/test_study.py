@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from newsrepro.study.claims import VERDICTS
 from newsrepro.study.registry import NOTEBOOKS, published_table
 from newsrepro.study.study import mini_root
 
@@ -80,6 +81,17 @@ def test_the_sweep_says_something(study):
     for row in rows(study, 'zhang2022-extra-official-test'):
         if row['metric'] == 'MRR@100': assert .05 < float(row['value']) < .6, row
         assert 0 < float(row['value']) < 1, row
+
+
+def test_every_claim_has_a_verdict(study):
+    "In the manifest, with what was asked beforehand, and in the notebook that was run."
+    manifest = json.loads((study/'manifest.json').read_text())
+    for notebook in NOTEBOOKS:
+        claims = manifest['notebooks'][notebook.name]['claims']
+        shown = (study/'notebooks'/f'{notebook.name}.ipynb').read_text(encoding='utf-8')
+        assert claims and all(own['claim'] and own['supports'] and own['contradicts'] for own in claims)
+        assert {own['verdict'] for own in claims} <= set(VERDICTS)
+        assert all(json.dumps(own['claim'], ensure_ascii=False)[1:-1] in shown for own in claims)
 
 
 def test_second_run_is_quick_and_changes_nothing(study):
