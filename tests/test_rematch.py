@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from newsrepro.cli import rematch as command, run
+from newsrepro.cli import rematch as command
+from newsrepro.cli import run
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import find_backbone
 from newsrepro.data.collection import has_text
