@@ -261,19 +261,19 @@ def draw_panel(
     "A dot and its interval a method, below the name of its paper; a hollow diamond for a published value."
     labels = list(_lines(panel))
     colour = dict(zip(PAPERS, COLOURS))
-    for at, (_, row) in enumerate(labels):
-        if row is None: continue
+    for at, (label, row) in enumerate(labels):
+        if row is None:
+            ax.text(0, at, label, fontweight='bold', va='center')
+            continue
         own, value = colour.get(row['paper'], INK), float(row['value'])
         low, high = (float(row[name] or value) for name in ('ci_low', 'ci_high'))
         ax.plot([low, high], [at, at], color=own, lw=1.6)
         ax.plot([value], [at], 'o', color=own, ms=4.5)
         if row['reference'] is not None: ax.plot([row['reference']], [at], 'D', mfc='none', mec=INK, ms=4.5)
     ax.set(xlim=(0, panel.limit), ylim=(len(labels) - .4, -.6), yticks=range(len(labels)),
-           yticklabels=[label for label, _ in labels])
+           yticklabels=[label if row else '' for label, row in labels])
     ax.set_title(panel.name, loc='left', fontsize=10)
     ax.set_xlabel('mean reciprocal rank')
-    for (_, row), label in zip(labels, ax.get_yticklabels()):
-        if row is None: label.set_fontweight('bold')
 
 # %% ../../nbs/study/20_report.ipynb #panel-svg
 def panel_svg(
@@ -318,7 +318,8 @@ def overview_part(
                        for text in (drawing, drawing.replace(INK, LIGHT_INK)))
         rows = [dict(paper=PAPERS.get(row['paper'], row['paper']), run=row['run'])
                 | table_cell(row, row['reference']) for row in panel.rows]
-        parts.append(dict(name=panel.name, light=light, dark=dark, alt=panel_words(panel), rows=rows))
+        parts.append(dict(name=panel.name, formed=any(row['published'] for row in panel.rows), light=light,
+                          dark=dark, alt=panel_words(panel), rows=rows))
     return parts
 
 # %% ../../nbs/study/20_report.ipynb #paper-parts
