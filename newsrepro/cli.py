@@ -551,7 +551,7 @@ def rematch(
 
 # %% ../nbs/30_cli.ipynb #print-gallery
 def print_gallery(
-    facts: Mapping,  # of `newsrepro.study.gallery.gallery`
+    facts: Mapping,  # of `newsrepro.gallery.gallery`
     planned: bool,  # nothing was written
 ) -> None:
     "Print the sets with their runs, and where the page is."
@@ -581,6 +581,6 @@ def gallery(
     """Every test article of a report with its picture, to search, sort and compare runs by.
 
     It holds texts and small pictures of the collections: mind their terms before handing it on."""
-    from newsrepro.study.gallery import gallery
+    from newsrepro.gallery import gallery
     found = gallery(report, data or (), out, top, dry_run)
     print_json(found) if as_json else print_gallery(found, dry_run)

@@ -388,17 +388,18 @@ class PlainTable(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.parts, self.inside = [], 0
+        self.parts = []
+        self.inside = False  # what is dropped with all its text
 
     def handle_starttag(self, tag, attrs):
         spans = ''.join(f' {name}="{int(value)}"' for name, value in attrs
                         if name in ('colspan', 'rowspan') and (value or '').isdecimal())
         if tag in self.kept: self.parts.append(f'<{tag}{spans}>')
-        self.inside += tag in self.dropped
+        if tag in self.dropped: self.inside = True
 
     def handle_endtag(self, tag):
         if tag in self.kept: self.parts.append(f'</{tag}>')
-        self.inside -= tag in self.dropped
+        if tag in self.dropped: self.inside = False
 
     def handle_data(self, text):
         if not self.inside: self.parts.append(html.escape(text))
