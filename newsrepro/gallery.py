@@ -241,8 +241,8 @@ def gallery(
     sets = read_sets(report, list(map(Path, data)))
     counts = [dict(name=one.name, articles=len(one.articles), runs=list(one.runs)) for one in sets]
     linked = out.resolve() == (report/'gallery').resolve()
-    facts = dict(report=str(report), out=str(out), linked=linked, newsrepro=package_version(), top=top, sets=counts,
-                 articles=sum(len(one.articles) for one in sets),
+    facts = dict(report=str(report), out=str(out), linked=linked, newsrepro=package_version(), top=top,
+                 sets=counts, articles=sum(len(one.articles) for one in sets),
                  pictures=sum(len(shown_images(one, top)) for one in sets))
     if dry_run: return facts
     write_gallery(out, sets, facts, top)

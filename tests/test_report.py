@@ -48,7 +48,8 @@ def write_table(out: Path, name: str, rows) -> None:
 
 
 def write_notebook(out: Path, name: str) -> None:
-    cells = [dict(cell_type='markdown', id='title', source=[f'# {TRICK}\n', '\n', '[x](javascript:alert(1))']),
+    title = [f'# {TRICK}\n', '\n', '[x](javascript:alert(1))']
+    cells = [dict(cell_type='markdown', id='title', source=title),
              dict(cell_type='code', id='run', source=f'print("{TRICK}")', outputs=[
                  dict(output_type='stream', name='stdout', text=[TRICK]),
                  dict(output_type='stream', name='stderr', text=['100%|####|']),
@@ -70,8 +71,9 @@ def report(tmp_path, study):
                ci_low='0.38', ci_high='0.45', n='1500')
     write_table(tmp_path, 'vu2022-table-2', [row | dict(published='0.42345'), row | dict(run=TRICK)])
     write_table(tmp_path, 'vu2022-extra-toy', [row | dict(dataset=TRICK, metric=TRICK)])
-    (tmp_path/'tables'/'vu2022-table-2.md').write_text(
-        f'**vu2022-table-2.** Of {TRICK}\n\n| a |\n| --- |\n| 1 |\n\n† {TRICK}\n\nProfile x · {TRICK}\n\n    x\n')
+    paragraphs = [f'**vu2022-table-2.** Of {TRICK}', '| a |\n| --- |\n| 1 |', f'† {TRICK}', f'Profile x · {TRICK}',
+                  '    x\n']
+    (tmp_path/'tables'/'vu2022-table-2.md').write_text('\n\n'.join(paragraphs))
     write_notebook(tmp_path, '12_toy')
     claim = dict(claim=TRICK, verdict=TRICK, sentence=TRICK, supports=TRICK, contradicts=TRICK)
     files = {f'runs/vu2022/RSS-{name}.tsv': '' for name in ('clip_ft_T2', '"><b>')}
