@@ -230,10 +230,10 @@ class Panel:
 def overview_panels(
     rows: Sequence[dict],  # of `overview_rows`
 ) -> list[Panel]:
-    "Panels of papers with the same sets beside each other."
+    "Panels of papers with the same sets beside each other, those with the most sets first."
     sets = {}
     for row in rows: sets.setdefault(row['paper'], {})[f"{row['dataset']}, {row['split']}"] = None
-    alike = dict.fromkeys(tuple(sorted(own)) for own in sets.values())
+    alike = sorted(dict.fromkeys(tuple(sorted(own)) for own in sets.values()), key=lambda own: -len(own))
     panels = []
     for names in alike:
         own = [row for row in rows if tuple(sorted(sets[row['paper']])) == names]
@@ -439,15 +439,16 @@ def cell_output(
 def notebook_parts(
     notebook: Mapping,  # as read from its file
 ) -> list[dict]:  # a cell each: name, text or code, outputs
-    "What the page of a notebook shows."
+    "What the page of a notebook shows; code of the library and of tests is folded."
     parts = []
     for number, cell in enumerate(notebook['cells'], 1):
         source, name = joined(cell['source']), str(cell.get('id') or number)
-        if not source.strip(): continue
+        if not source.strip() or source.startswith('#| default_exp'): continue
         if cell['cell_type'] == 'markdown': part = dict(text=markdown_html(source), code='', outputs=[])
         else:
             outputs = filter(None, map(cell_output, cell.get('outputs', ())))
             part = dict(text='', code=source, outputs=list(outputs))
+        part['folded'] = part['code'].startswith('#|')
         parts.append(part | dict(name=name))
     return parts
 

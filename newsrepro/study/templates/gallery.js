@@ -36,9 +36,11 @@ function card(one) {
   element('div', one.id, part, {class: 'soft'});
   if (one.text) element('p', one.text, part);
   const ranks = element('ul', '', part, {class: 'ranks', 'aria-label': 'Rank of the true picture under each run'});
+  const papers = {};
   one.ranks.forEach((rank, run) => {
-    const own = run === choice('run') || run === choice('other');
-    element('li', `${set.runs[run]} ${rank === null ? '–' : rank || '>100'}`, ranks, own ? {class: 'chosen'} : {});
+    const [paper, name] = set.runs[run].split(': '), own = run === choice('run') || run === choice('other');
+    const line = papers[paper] ||= element('li', `${paper}:`, ranks, {class: 'soft'});
+    element('span', `${name || paper} ${rank === null ? '–' : rank || '>100'}`, line, own ? {class: 'chosen'} : {});
   });
   listOf(one, choice('run'), part);
   if (choice('other') >= 0) listOf(one, choice('other'), part);
