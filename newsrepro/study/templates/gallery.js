@@ -81,17 +81,20 @@ function needsOther() {  // an order by difference wants something to differ fro
   const asked = ['improved', 'worsened'].includes(at('only').value) || ['gain', 'loss'].includes(at('order').value);
   if (asked && choice('other') < 0 && set.runs.length > 1) at('other').value = choice('run') === 0 ? 1 : 0;
 }
-function options(id, names, first) {
-  const before = at(id).selectedOptions[0]?.textContent;
+function options(id, names, none) {  // the runs under their papers; what was chosen before stays so
+  const before = set.runs[choice(id)], papers = {};
   at(id).replaceChildren();
-  names.forEach((name, k) => element('option', name, at(id), {value: k + first}));
-  const again = names.indexOf(before);
-  if (again >= 0) at(id).value = again + first;
+  if (none) element('option', none, at(id), {value: -1});
+  names.forEach((name, k) => {
+    const [paper, run] = name.split(': ');
+    element('option', run || paper, papers[paper] ||= element('optgroup', '', at(id), {label: paper}), {value: k});
+  });
+  at(id).value = Math.max(names.indexOf(before), none ? -1 : 0);
 }
 function use(data) {
+  options('run', data.runs);
+  options('other', data.runs, 'nothing');
   set = data;
-  options('run', set.runs, 0);
-  options('other', ['nothing', ...set.runs], -1);
   look();
 }
 function load() {
