@@ -9,10 +9,11 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'Deadline', 'MaxWait', 'MaxBytes', 'MaxPixels', 'UserAgent', 'AllowPrivate', 'Truth', 'Pool', 'Short',
            'Evaluated', 'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method',
            'Backbones', 'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart', 'Unique',
-           'Submission', 'HTML', 'Plan', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table',
-           'newsrepro', 'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows',
-           'check_data', 'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'measured_table',
-           'evaluate', 'compare', 'fuse', 'rematch_lines', 'print_rematched', 'rematch']
+           'Submission', 'HTML', 'Plan', 'Finished', 'Moved', 'GalleryOut', 'Listed', 'GalleryPlan', 'fail', 'run',
+           'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro', 'reproduce', 'print_verified',
+           'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data', 'fetch_progress', 'shared_lines',
+           'print_fetched', 'fetch_images', 'measured_table', 'evaluate', 'compare', 'fuse', 'rematch_lines',
+           'print_rematched', 'rematch', 'print_gallery', 'gallery']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -552,3 +553,39 @@ def rematch(
     from newsrepro.rematching import rematch
     found = rematch(**given)
     print_json(found) if as_json else print_rematched(found)
+
+# %% ../nbs/30_cli.ipynb #print-gallery
+def print_gallery(
+    facts: Mapping,  # of `newsrepro.gallery.gallery`
+    planned: bool,  # nothing was written
+) -> None:
+    "Print the sets with their runs, and where the page is."
+    target = console()
+    rows = [[one['name'], one['articles'], len(one['runs'])] for one in facts['sets']]
+    target.print(simple_table(['set', 'articles', 'runs'], rows, right=['articles', 'runs']))
+    last = 'would be written to' if planned else 'gallery:'
+    print_lines([f"{facts['pictures']} pictures, {facts['top']} of each list at most",
+                 f"{last} {Path(facts['out'])/'index.html'}"], target)
+
+# %% ../nbs/30_cli.ipynb #gallery-command
+Finished = Annotated[Path, typer.Argument(metavar='REPORT', help='The folder of a finished report.')]
+Moved = Annotated[list[Path] | None, _option(
+    'A collection that the report was made from, where it lies elsewhere now. Repeatable.', metavar='DIR',
+    show_default='where the report says')]
+GalleryOut = Annotated[Path | None, _option(
+    'Where the gallery goes; nothing that gallery did not write is replaced.', metavar='DIR',
+    show_default='REPORT/gallery, linked from the report')]
+Listed = Annotated[int, _option('Pictures of each list.', '--top', min=1, metavar='N')]
+GalleryPlan = Annotated[bool, _option('Say what would be shown, and stop.', '--dry-run')]
+
+@app.command()
+def gallery(
+    report: Finished, data: Moved = None, out: GalleryOut = None, top: Listed = 10,
+    dry_run: GalleryPlan = False, as_json: JSON = False,
+) -> None:
+    """Every test article of a report with its picture, to search, sort and compare runs by.
+
+    It holds texts and small pictures of the collections: mind their terms before handing it on."""
+    from newsrepro.gallery import gallery
+    found = gallery(report, data or (), out, top, dry_run)
+    print_json(found) if as_json else print_gallery(found, dry_run)

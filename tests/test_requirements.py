@@ -51,7 +51,7 @@ def sources(path: Path) -> list[str]:
 providers = cache(packages_distributions)
 
 
-OWN = {'newsrepro', 'conftest', *(path.stem for path in (ROOT/'benchmarks').glob('*.py'))}
+OWN = {'newsrepro', *(path.stem for folder in ('tests', 'benchmarks') for path in (ROOT/folder).glob('*.py'))}
 
 
 @cache
