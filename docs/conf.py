@@ -1,8 +1,6 @@
 """The documentation: every notebook a page with its stored outputs, and behind it its module's reference.
 
-Sphinx with MyST-NB: all of it comes from the package index, its search needs neither network nor server, and
-what is broken ends the build. Quarto and Jupyter Book 2 fetch programs from elsewhere, Material for MkDocs
-searches on a server only, and none of them reads the comments behind parameters, as fastcore does here."""
+`CONTRIBUTING.md` says how it is built, and why by Sphinx and MyST-NB."""
 import ast
 import inspect
 import json
