@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newsrepro.core.base import InputError
-from newsrepro.ranking.metrics import (MEASURES, compare_seeds, difference_over_seeds, holm, measure, mrr_bounds,
-                                       rank_of_truth, summarise, tie_order)
+from newsrepro.ranking.metrics import (MEASURES, compare_seeds, difference_over_seeds, holm, measure,
+                                       mrr_bounds, rank_of_truth, summarise, tie_order)
 from newsrepro.ranking.pool import Pool, ranks_by_score, scored_lists
 
 steady = settings(deadline=None, derandomize=True)
