@@ -142,8 +142,9 @@ def prepared(app, docname: str, source: list[str]) -> None:
 
 
 def in_words(text: str) -> str:
-    "What stands before a picture, as the words in its place: headings and marks are left out."
-    prose = ' '.join(re.sub(r'(?m)^#.*$|[`*$>]|\[|\]\([^)]*\)', '', text).split())
+    "What stands before a picture, as the words in its place, without marks."
+    sentences = re.sub(r'(?m)^#+ (.*)$', r'\1.', text)
+    prose = ' '.join(re.sub(r'[`*$>]|\[|\]\([^)]*\)', '', sentences).split())
     return 'Picture. ' + shorten(prose, 250, placeholder=' …')
 
 
@@ -169,6 +170,11 @@ def is_skipped(app, what: str, name: str, obj, skip: bool, options) -> bool:
     return skip or not (inspect.isroutine(obj) or inspect.isclass(obj) or isinstance(obj, property))
 
 
+def dashed(app, pagename: str, templatename: str, context: dict, doctree) -> None:
+    "A dash between a parameter and its meaning; Sphinx leaves two hyphens, as options on a page need them."
+    if 'body' in context: context['body'] = context['body'].replace('</strong> -- ', '</strong> – ')
+
+
 # formulas without a script
 
 def formula(self, node) -> None:
@@ -192,4 +198,5 @@ def setup(app) -> None:
     app.connect('source-read', prepared)
     app.connect('autodoc-process-docstring', with_docments)
     app.connect('autodoc-skip-member', is_skipped)
+    app.connect('html-page-context', dashed)
     app.connect('build-finished', front)

@@ -55,6 +55,12 @@ def test_a_notebook_renders_on_a_code_host(path):
     assert {cell: faults for cell, faults in found.items() if faults} == {}
 
 
+def test_the_version_to_cite_is_the_one_that_is_installed():
+    from newsrepro import __version__
+    assert f'note   = {{Version {__version__}}}' in (ROOT/'README.md').read_text(encoding='utf-8')
+    assert f'\nversion: {__version__}\n' in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
+
+
 # as a site
 
 TOOLS = ['sphinx', 'myst_nb', 'furo', 'latex2mathml']
@@ -169,8 +175,8 @@ def test_names_in_prose_lead_to_their_reference(site, pages):
     assert 'nbs/study/06a_study.html#newsrepro.study.study.settings' in pages[site/'CONTRIBUTING.html'].links
 
 
-def test_each_picture_has_words_in_its_place(pages):
-    alts = [alt for page in pages.values() for alt in page.alts]
+def test_each_picture_has_words_in_its_place(site, pages):
+    alts = [alt for path, page in pages.items() if site/'nbs' in path.parents for alt in page.alts]
     assert len(alts) > 25
     assert [alt for alt in alts if len(alt) < 10 or re.search(r'_images|\.(png|jpe?g|svg)$', alt)] == []
 
