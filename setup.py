@@ -42,7 +42,7 @@ setup(
     package_data={cfg['lib_name']: ['Snakefile'], cfg['lib_name'] + '.study': ['published.csv', '*.json', 'templates/*'],
                   cfg['lib_name'] + '.mini': ['world.json', 'collections.md', 'checkpoints/*', 'checkpoints/*/*']},
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'features')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'docs', 'features')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     cmdclass={'build_py': BuildWithNotebooks},
 )

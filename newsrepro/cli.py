@@ -12,8 +12,8 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'Submission', 'HTML', 'Plan', 'Finished', 'Moved', 'GalleryOut', 'Listed', 'GalleryPlan', 'fail', 'run',
            'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro', 'reproduce', 'print_verified',
            'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data', 'fetch_progress', 'shared_lines',
-           'print_fetched', 'fetch_images', 'measured_table', 'evaluate', 'compare', 'fuse', 'rematch_lines',
-           'print_rematched', 'rematch', 'print_gallery', 'gallery']
+           'print_fetched', 'fetch_images', 'measured_table', 'evaluate', 'compared_lines', 'compare', 'fuse',
+           'rematch_lines', 'print_rematched', 'rematch', 'print_gallery', 'gallery']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -429,22 +429,50 @@ def evaluate(
     print_json(several if len(found) > 1 else found[runs[0]])
 
 # %% ../nbs/30_cli.ipynb #compare
+def _side(name: str):
+    meaning = ('A run file, or a quoted pattern of the run files of several seeds, such as '
+               "'runs/seed-*.tsv'.")
+    return Annotated[str, typer.Argument(metavar=name, help=meaning)]
+
 Metric = Annotated[str, _option('MRR@K or R@K, with K from 1 to 100.')]
 
+def compared_lines(
+    found: Mapping,  # of `compare_files`
+) -> Iterator[str]:
+    "The difference, its interval and its test, and what of the seeds is not known."
+    interval = '{:+.5f} to {:+.5f}'.format
+    seeds, n = 'a_seeds' in found, found['n']
+    test = 'test of articles and seeds' if seeds else 'paired randomisation test'
+    yield (f"difference {found['difference']:+.5f}, 95 % interval {interval(*found['ci95'])}; "
+           f"{test} over {n} articles: p = {found['p_value']:.4g}")
+    if not seeds: return
+    yield f"for these very runs, had other articles been drawn: {interval(*found['ci95_articles'])}"
+    for side, name in (('a', 'the first'), ('b', 'the second')):
+        if found[f'{side}_sd'] is None:
+            yield f'{name} side is one run: how much its seed matters is not known and taken as nothing'
+
+# %% ../nbs/30_cli.ipynb #compare-command
 @app.command()
 def compare(
-    run_a: _run_file('RUN_A'), run_b: _run_file('RUN_B'), truth: Truth, pool: Pool = None,
+    run_a: _side('RUN_A'), run_b: _side('RUN_B'), truth: Truth, pool: Pool = None,
     allow_short: Short = False, metric: Metric = 'MRR@100', as_json: JSON = False,
 ) -> None:
-    "The difference of two run files, with its interval and a paired test."
+    """The difference of two run files, with its interval and a paired test.
+
+    Each side may be the runs of several seeds; interval and test then allow for the scatter of seeds, too."""
     from newsrepro.ranking.runs import compare_files
-    found = compare_files(str(run_a), str(run_b), str(truth), _pool(pool), allow_short, metric)
+    found = compare_files(run_a, run_b, str(truth), _pool(pool), allow_short, metric)
     if as_json: return print_json(found)
-    (low, high), target, name = found['ci95'], console(), found['metric']
-    rows = [[run_a, f"{found['a']:.5f}"], [run_b, f"{found['b']:.5f}"]]
-    target.print(simple_table(['run', name], rows, right=[name]))
-    target.print(f"difference {found['difference']:+.5f}, 95 % interval {low:+.5f} to {high:+.5f}; "
-                 f"paired randomisation test over {found['n']} articles: p = {found['p_value']:.4g}")
+    target, name = console(), found['metric']
+    rows = [[run, f'{found[side]:.5f}'] for run, side in ((run_a, 'a'), (run_b, 'b'))]
+    head = ['run', name]
+    if 'a_seeds' in found:
+        head += ['runs', 'standard deviation']
+        for row, side in zip(rows, 'ab'):
+            spread = found[f'{side}_sd']
+            row += [len(found[f'{side}_seeds']), '' if spread is None else f'{spread:.5f}']
+    target.print(simple_table(head, rows, right=head[1:]))
+    print_lines(compared_lines(found), target)
 
 # %% ../nbs/30_cli.ipynb #fuse
 Runs = Annotated[list[Path], typer.Argument(metavar='RUN...',

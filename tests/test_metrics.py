@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newsrepro.core.base import InputError
-from newsrepro.ranking.metrics import MEASURES, holm, measure, mrr_bounds, rank_of_truth, summarise, tie_order
+from newsrepro.ranking.metrics import (MEASURES, compare_seeds, difference_over_seeds, holm, measure,
+                                       mrr_bounds, rank_of_truth, summarise, tie_order)
 from newsrepro.ranking.pool import Pool, ranks_by_score, scored_lists
 
 steady = settings(deadline=None, derandomize=True)
@@ -146,3 +147,51 @@ def test_reciprocal_ranks_lie_within_their_bounds(seed):
     ends = np.searchsorted(depths[:5], np.where(ranks == 0, 1000, ranks))
     assert value('MRR', depths[ends]) == pytest.approx(low, abs=1e-12)
     assert value('MRR', np.array([1, 2, 6, 11, 51, 101])[ends]) == pytest.approx(high, abs=1e-12)
+
+
+# several seeds a side
+
+def variance_parts(side: list[list[float]]) -> tuple[float, float]:
+    "Mean squares of seeds and of what is peculiar to a seed at an article, as in a textbook's two-way table."
+    seeds, n = len(side), len(side[0])
+    mean = sum(map(sum, side))/(seeds*n)
+    of_seed = [sum(row)/n for row in side]
+    of_article = [sum(row[i] for row in side)/seeds for i in range(n)]
+    between = n*sum((one - mean)**2 for one in of_seed)/(seeds - 1)
+    within = sum((side[s][i] - of_seed[s] - of_article[i] + mean)**2
+                 for s in range(seeds) for i in range(n))/((seeds - 1)*(n - 1))
+    return between, within
+
+
+@steady
+@given(st.integers(2, 4), st.integers(2, 4), st.integers(3, 30), st.integers(0, 2**32))
+def test_interval_over_seeds_against_mean_squares(seeds_a, seeds_b, n, seed):
+    from scipy.stats import t
+    rng = np.random.default_rng(seed)
+    sides = [rng.random((seeds, n)) + rng.normal(0, .2, (seeds, 1)) for seeds in (seeds_a, seeds_b)]
+    gaps = [a - b for a, b in zip(*(side.mean(axis=0).tolist() for side in sides))]
+    mean = sum(gaps)/n
+    articles = sum((gap - mean)**2 for gap in gaps)/(n - 1)/n
+    parts, between, within = [(articles, n - 1)], 0, 0
+    for side in sides:
+        squares = [square/side.size for square in variance_parts(side.tolist())]
+        between, within = between + squares[0], within + squares[1]
+        parts += [(squares[0], len(side) - 1), (squares[1], (len(side) - 1)*(n - 1))]
+    variance = max(articles + between - within, articles, between)
+    freedom = variance**2/sum(part**2/free for part, free in parts)
+    difference, (low, high), p_value = difference_over_seeds(*sides)
+    assert difference == pytest.approx(mean)
+    assert high - difference == pytest.approx(difference - low) == pytest.approx(
+        t.ppf(.975, freedom)*variance**.5)
+    assert p_value == pytest.approx(2*t.sf(abs(mean)/variance**.5, freedom))
+    assert (p_value < .05) == (not low <= 0 <= high)
+
+
+def test_order_of_seeds_and_articles_does_not_matter_and_sides_mirror():
+    rng = np.random.default_rng(11)
+    a, b = rng.integers(0, 100, (3, 40)), rng.integers(0, 100, (2, 40))
+    found, order = compare_seeds(a, b), rng.permutation(40)
+    turned, back = compare_seeds(a[::-1, order], b[:, order]), compare_seeds(b, a)
+    assert turned.ci95 == pytest.approx(found.ci95) and turned.p_value == pytest.approx(found.p_value)
+    assert back.ci95 == pytest.approx((-found.ci95[1], -found.ci95[0]))
+    assert back.p_value == pytest.approx(found.p_value) and back.a_sd == found.b_sd

@@ -26,6 +26,7 @@ BEHIND = {
 }
 BEHIND_TESTS = {'nbdev': 'exports and tests the notebooks', 'ruff': 'checks what nobody uses',
                 'execnb': 'nbdev runs notebooks with it, and newer ones break it'}
+BEHIND_DOCS = {'sphinx': 'builds the documentation', 'myst-nb': 'lets it read notebooks', 'furo': 'its looks'}
 
 
 def canonical(name: str) -> str: return re.sub(r'[-_.]+', '-', name).lower()
@@ -76,10 +77,11 @@ def needed() -> dict[str, set[str]]:
     features = {'sentence-transformers'}  # `embed` asks whether it is there before it imports it
     develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
                      *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
-    return dict(run=run - features, dev=develop - run - features, features=features & run)
+    docs = needs((ROOT/'docs').glob('*.py')) | BEHIND_DOCS.keys()
+    return dict(run=run - features, dev=develop - run - features, features=features & run, docs=docs - run)
 
 
-@pytest.mark.parametrize('group', ['run', 'dev', 'features'])
+@pytest.mark.parametrize('group', ['run', 'dev', 'features', 'docs'])
 def test_requirements_are_what_is_imported(group):
     "Nothing is missing for a stranger, and nothing is asked for in vain."
     assert sorted(required()[group]) == sorted(needed()[group])
@@ -103,7 +105,7 @@ def test_the_tested_set_lies_within_the_bounds():
     pinned = {canonical(name): version for name, version in pinned.items()}
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
-    asked = [Requirement(word) for key in ('requirements', 'dev_requirements')
+    asked = [Requirement(word) for key in ('requirements', 'dev_requirements', 'docs_requirements')
              for word in config['DEFAULT'][key].split()]
     assert len(asked) > 50
     allowed = lambda one: one.specifier.contains(pinned.get(canonical(one.name), '0'))

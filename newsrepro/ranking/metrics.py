@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'rank_of_truth', 'reciprocal_rank', 'hit', 'parse_measure', 'measure', 'summarise', 'found', 'chance',
            'mrr_bounds', 'tie_order', 'mean_interval', 'confidence_intervals', 'paired_randomisation_test',
-           'paired_interval', 'Comparison', 'compare_ranks', 'holm', 'clear_sign']
+           'paired_interval', 'Comparison', 'compare_ranks', 'difference_over_seeds', 'SeedComparison', 'compare_seeds',
+           'holm', 'clear_sign']
 
 # %% ../../nbs/ranking/02_metrics.ipynb #imports
 import re
@@ -207,6 +208,75 @@ def compare_ranks(
     a, b = measure(ranks_a, name), measure(ranks_b, name)
     return Comparison(found['n'], name, float(a.mean()), float(b.mean()), found['value'],
                       (found['ci_low'], found['ci_high']), paired_randomisation_test(a, b, seed=seed))
+
+# %% ../../nbs/ranking/02_metrics.ipynb #seeds-variance
+def _seed_scatter(
+    values: np.ndarray,  # (seeds, n articles)
+) -> tuple[float, float]:  # variance of the mean from seeds; the part of it that the articles' contains, too
+    seeds, n = values.shape
+    if seeds == 1: return 0., 0.
+    peculiar = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    within = (peculiar**2).sum()/((seeds - 1)*(n - 1))
+    return values.mean(axis=1).var(ddof=1)/seeds, within/(seeds*n)
+
+# %% ../../nbs/ranking/02_metrics.ipynb #seeds-test
+def difference_over_seeds(
+    a: np.ndarray,  # (seeds of A, n articles), values as from `measure`
+    b: np.ndarray,  # (seeds of B, n articles), for the same articles
+) -> tuple[float, tuple[float, float], float]:  # mean A - B, its 95 % interval, two-sided p value
+    "Mean difference where articles and seeds scatter; of one seed, the scatter is taken as none"
+    from scipy.stats import t
+    n, by_article = a.shape[1], a.mean(axis=0) - b.mean(axis=0)
+    (seeds_a, both_a), (seeds_b, both_b) = _seed_scatter(a), _seed_scatter(b)
+    articles, seeds = by_article.var(ddof=1)/n, seeds_a + seeds_b
+    variance = max(articles + seeds - both_a - both_b, articles, seeds)  # an estimate may overshoot
+    difference = float(by_article.mean())
+    if variance == 0: return difference, (difference, difference), float(difference == 0)
+    free_a, free_b = len(a) - 1, len(b) - 1
+    parts = [(articles, n - 1), (seeds_a, free_a), (seeds_b, free_b),
+             (both_a, free_a*(n - 1)), (both_b, free_b*(n - 1))]
+    freedom = variance**2/sum(part**2/free for part, free in parts if free)
+    half = float(t.ppf(.975, freedom)*variance**.5)
+    p_value = float(2*t.sf(abs(difference)/variance**.5, freedom))
+    return difference, (difference - half, difference + half), p_value
+
+# %% ../../nbs/ranking/02_metrics.ipynb #compare-seeds-result
+@dataclass(frozen=True)
+class SeedComparison:
+    "Two sides of several runs over the same articles; `difference` = `a` - `b`, of means over seeds"
+    n: int  # articles
+    metric: str  # measure, as of `measure`
+    a: float  # mean over the seeds of the first side
+    b: float  # mean over the seeds of the second side
+    difference: float  # `a` - `b`
+    ci95: tuple[float, float]  # of `difference`, had other articles and other seeds been drawn
+    p_value: float  # two-sided, of `difference_over_seeds`
+    ci95_articles: tuple[float, float]  # of `difference`, had other articles been drawn for these very runs
+    a_seeds: tuple[float, ...]  # measure of each run of the first side
+    b_seeds: tuple[float, ...]  # measure of each run of the second side
+    a_sd: float | None  # standard deviation of `a_seeds` (n - 1); None for one run
+    b_sd: float | None  # of `b_seeds`
+
+# %% ../../nbs/ranking/02_metrics.ipynb #compare-seeds
+def compare_seeds(
+    ranks_a: Sequence[np.ndarray],  # a run each: int (n articles,), 0 = not found
+    ranks_b: Sequence[np.ndarray],  # a run each, in the same order of articles; several on one side at least
+    name: str = 'MRR@100',  # measure
+    seed: int = 0,  # seed of `ci95_articles`
+) -> SeedComparison:
+    "Difference of two sides of several seeds; ValueError for unequal or too few articles, or one run a side"
+    lengths = sorted({len(ranks) for ranks in (*ranks_a, *ranks_b)})
+    if len(lengths) != 1: raise ValueError(f'runs of {lengths} ranks are not of the same articles')
+    if lengths[0] < 2: raise ValueError(f'an interval needs at least 2 articles, not {lengths[0]}')
+    if min(len(ranks_a), len(ranks_b)) < 1 or len(ranks_a) + len(ranks_b) < 3:
+        raise ValueError('seeds scatter where a side has two runs or more; `compare_ranks` takes one a side')
+    a, b = (np.stack([measure(ranks, name) for ranks in side]) for side in (ranks_a, ranks_b))
+    difference, ci95, p_value = difference_over_seeds(a, b)
+    found = mean_interval(a.mean(axis=0) - b.mean(axis=0), seed)
+    per_run = [tuple(map(float, side.mean(axis=1))) for side in (a, b)]
+    spread = [float(np.std(runs, ddof=1)) if len(runs) > 1 else None for runs in per_run]
+    return SeedComparison(lengths[0], name, float(a.mean()), float(b.mean()), difference, ci95, p_value,
+                          (found['ci_low'], found['ci_high']), *per_run, *spread)
 
 # %% ../../nbs/ranking/02_metrics.ipynb #holm
 def holm(

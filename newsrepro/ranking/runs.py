@@ -8,6 +8,7 @@ __all__ = ['DEPTH', 'write_run', 'Ranking', 'read_rankings', 'read_run', 'Truth'
 
 # %% ../../nbs/ranking/03_runs.ipynb #imports
 import csv
+import glob
 import io
 import math
 import re
@@ -23,7 +24,8 @@ from ..core.base import InputError, atomic_path
 from ..data.layouts import read_collection
 from ..data.names import obfuscate
 from ..data.tables import read_table
-from .metrics import compare_ranks, found, parse_measure, rank_of_truth, summarise, tie_order
+from .metrics import (compare_ranks, compare_seeds, found, parse_measure, rank_of_truth,
+                                       summarise, tie_order)
 
 # %% ../../nbs/ranking/03_runs.ipynb #write-run
 def _is_header(field: str) -> bool:
@@ -248,22 +250,51 @@ def evaluate_files(
     ranks = ranks_of_file(run, read_truth(truth), _pool(pool), allow_short, allow_unknown_images)
     return {'n': len(ranks), 'found': found(ranks), **summarise(ranks)}
 
+# %% ../../nbs/ranking/03_runs.ipynb #runs-of-side
+def _runs_of_side(
+    side: str | Path | Sequence[str | Path],  # a run file, a pattern of names, or run files
+) -> list[str | Path]:  # run files, each once
+    "Files of a pattern in order of their names; InputError for none, and for a file that stands there twice"
+    if not isinstance(side, (str, Path)): runs = list(side)
+    elif Path(side).exists() or not glob.has_magic(str(side)): runs = [side]
+    else: runs = sorted(glob.glob(str(side), recursive=True))
+    if not runs: raise InputError(f'{side}: no run file; name one, or a pattern such as "seed-*.tsv" of some')
+    if twice := _repeated(str(Path(run).resolve()) for run in runs):
+        raise InputError(f'{twice}: stands twice on one side; the runs of a side are of different seeds')
+    return runs
+
+# %% ../../nbs/ranking/03_runs.ipynb #same-articles
+def _check_same_articles(
+    runs: Sequence[str | Path],  # run files
+    truth: Truth,  # knows articles by several names
+) -> None:
+    "InputError names the run that lacks an article which another has: it would pass for a bad seed"
+    named = {run: {truth.article(name): name for name in read_run(run, shortest=1)} for run in runs}
+    for run, other in ((run, other) for run in runs for other in runs):
+        if lacking := [name for article, name in named[other].items() if article not in named[run]]:
+            raise InputError(f'{run}: has no list for article {lacking[0]!r}, which {other} has')
+
 # %% ../../nbs/ranking/03_runs.ipynb #compare-files
 def compare_files(
-    a: str | Path,  # run file
-    b: str | Path,  # run file over the same articles
+    a: str | Path | Sequence[str | Path],  # run file; for several seeds: run files, or a pattern of names
+    b: str | Path | Sequence[str | Path],  # run file or files over the same articles
     truth: str | Path,  # truth table or collection folder, as in `read_truth`
     pool: str | Path | Iterable[str] | None = None,  # as in `evaluate_files`
     allow_short: bool = False,  # accept lists of fewer than 100 images
     metric: str = 'MRR@100',  # MRR, MRR@K or R@K, with K from 1 to 100
     seed: int = 0,  # seed of the interval and of the test
-) -> dict:  # n, metric, a, b, difference (a - b), ci95 [low, high], p_value
-    "Difference of two run files, its bootstrap interval and paired test; InputError as `evaluate_files`"
+) -> dict:  # n, metric, a, b, difference (a - b), ci95 [low, high], p_value; with seeds: of `compare_seeds`
+    "Difference of two sides, interval and paired test; InputError as `evaluate_files`, or unlike articles"
     parse_measure(metric, DEPTH)
     known, pool = read_truth(truth), _pool(pool)
     if len(known.image_of) < 2: raise InputError(f'{truth}: has one article; a comparison needs at least 2')
-    result = compare_ranks(*(ranks_of_file(run, known, pool, allow_short) for run in (a, b)), metric, seed)
-    return {k: list(v) if k == 'ci95' else v for k, v in asdict(result).items()}
+    sides = _runs_of_side(a), _runs_of_side(b)
+    ranks = [[ranks_of_file(run, known, pool, allow_short) for run in side] for side in sides]
+    several = max(map(len, sides)) > 1
+    if several: _check_same_articles([*sides[0], *sides[1]], known)
+    if several: result = compare_seeds(*ranks, metric, seed)
+    else: result = compare_ranks(ranks[0][0], ranks[1][0], metric, seed)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(result).items()}
 
 # %% ../../nbs/ranking/03_runs.ipynb #fuse-lists
 def fuse_lists(
