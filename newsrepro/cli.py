@@ -149,9 +149,9 @@ PlanJSON = Annotated[bool, _option('With --dry-run: print one JSON object.', '--
 # %% ../nbs/30_cli.ipynb #reproduce
 @app.command()
 def reproduce(
-    profile: Profile = 'mini', data: Data = None, device: Device = 'auto', only: Only = None, jobs: Jobs = None,
-    sets: Sets = None, out: Out = None, weights: Weights = '', force: Force = False, dry_run: DryRun = False,
-    as_json: PlanJSON = False,
+    profile: Profile = 'mini', data: Data = None, device: Device = 'auto', only: Only = None,
+    jobs: Jobs = None, sets: Sets = None, out: Out = None, weights: Weights = '', force: Force = False,
+    dry_run: DryRun = False, as_json: PlanJSON = False,
 ) -> int:
     "Run the notebooks and write the report; what is up to date is skipped, what was interrupted resumes."
     if as_json and not dry_run: raise typer.BadParameter('--json goes with --dry-run')

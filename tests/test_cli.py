@@ -41,7 +41,8 @@ def files(tmp_path_factory):
                                      'rematch', 'gallery'])
 def test_starts_without_heavy_imports(command, files):
     given = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain'],
-             'fetch-images': [files/'plain'], 'fuse': ['--help'], 'rematch': ['--help'], 'gallery': ['--help']}
+             'fetch-images': [files/'plain'], 'fuse': ['--help'], 'rematch': ['--help'],
+             'gallery': ['--help']}
     code = ('import sys\nfrom newsrepro.cli import run\n'
             'assert run(sys.argv[1:]) == 0\n'
             f'print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)')

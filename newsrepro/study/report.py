@@ -300,7 +300,8 @@ def panel_words(
     ordered = sorted(panel.rows, key=lambda row: -float(row['value']))
     ends = [f"{row['run']} ({PAPERS.get(row['paper'], row['paper']).split(',')[0]}) {float(row['value']):.3f}"
             for row in (ordered[0], ordered[-1])]
-    said = f'Mean reciprocal rank on {panel.name}, {len(ordered)} methods: highest {ends[0]}, lowest {ends[1]}'
+    said = f'Mean reciprocal rank on {panel.name}, {len(ordered)} methods: '
+    said += f'highest {ends[0]}, lowest {ends[1]}'
     published = [row['reference'] for row in ordered if row['reference'] is not None]
     among = f'; published values from {min(published):.3f} to {max(published):.3f}' if published else ''
     return f'{said}{among}.'
@@ -391,17 +392,24 @@ class PlainTable(HTMLParser):
         self.parts = []
         self.inside = False  # what is dropped with all its text
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str,  # name
+                              attrs: list[tuple[str, str | None]]  # name, value
+                       ) -> None:
+        "Keep a tag of a table, and of its attributes those that span cells."
         spans = ''.join(f' {name}="{int(value)}"' for name, value in attrs
                         if name in ('colspan', 'rowspan') and (value or '').isdecimal())
         if tag in self.kept: self.parts.append(f'<{tag}{spans}>')
         if tag in self.dropped: self.inside = True
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str  # name
+                     ) -> None:
+        "Close what was kept."
         if tag in self.kept: self.parts.append(f'</{tag}>')
         if tag in self.dropped: self.inside = False
 
-    def handle_data(self, text):
+    def handle_data(self, text: str  # between two tags
+                   ) -> None:
+        "Keep the text of what is kept, escaped."
         if not self.inside: self.parts.append(html.escape(text))
 
 def plain_table(
