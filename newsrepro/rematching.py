@@ -33,7 +33,7 @@ from tqdm import tqdm
 # %% ../nbs/40_rematch.ipynb #imports-own
 from .core.base import (PACKAGE, InputError, atomic_path, cache_dir, package_version, read_json,
                                  source_commit, write_json)
-from .core.checkpoints import Backbone, backbone_pair, find_backbone, model_name
+from .core.checkpoints import TXV_BACKBONES, Backbone, find_backbone, model_name
 from .data.layouts import read_collection
 from .data.names import composed, language_of, without_litter
 from .data.pictures import PICTURE_SUFFIXES, inspect_images, is_rotated, open_image, stem, suffix_of
@@ -461,7 +461,7 @@ def backbones_of(
 ) -> tuple[str, ...]:
     "Names, checked; raises `InputError` for one that is unknown, repeated, or one too many or too few."
     several = method in ('fusion', 'txv')
-    names = tuple(given) or (backbone_pair(profile) if several else (DEFAULT_BACKBONE,))
+    names = tuple(given) or (TXV_BACKBONES if several else (DEFAULT_BACKBONE,))
     for name in names:
         if kind_of(name) != 'clip' and method != 'txv':
             raise InputError(f'--backbone {name}: encodes texts or pictures alone; one that puts both into '

@@ -71,11 +71,11 @@ MINI_BACKBONES = tuple(replace(backbone, merges='bpe.txt.gz') for backbone in (
     Backbone('RN50x4',         'mini-RN50x4',       'mini',  80, 40, 0.63, (0.016, 0.017)),
     Backbone('RN50x16',        'mini-RN50x16',      'mini', 112, 48, 0.85, (0.047, 0.024)),
     Backbone('RN50x64',        'mini-RN50x64',      'mini', 128, 64, 1.59, (0.131, 0.041)),
-    Backbone('ViT-B/32',       'mini-ViT-B-32',     'mini',  56, 32, 0.28, (0.016, 0.012)),
-    Backbone('ViT-B/16',       'mini-ViT-B-16',     'mini',  56, 32, 0.28, (0.080, 0.012)),
-    Backbone('ViT-L/14',       'mini-ViT-L-14',     'mini',  64, 48, 0.73, (0.366, 0.024)),
-    Backbone('ViT-L/14@336px', 'mini-ViT-L-14-336', 'mini',  96, 48, 0.76, (1.175, 0.024)),
-    Backbone('ViT-H/14',       'mini-ViT-H-14',     'mini',  64, 64, 1.54, (0.707, 0.069), quick_gelu=False),
+    Backbone('ViT-B/32',       'mini-ViT-B-32',     'mini',  64, 32, 0.31, (0.006, 0.012)),
+    Backbone('ViT-B/16',       'mini-ViT-B-16',     'mini',  64, 32, 0.28, (0.021, 0.012)),
+    Backbone('ViT-L/14',       'mini-ViT-L-14',     'mini',  64, 48, 0.73, (0.070, 0.024)),
+    Backbone('ViT-L/14@336px', 'mini-ViT-L-14-336', 'mini',  96, 48, 0.73, (0.178, 0.024)),
+    Backbone('ViT-H/14',       'mini-ViT-H-14',     'mini',  64, 64, 1.53, (0.141, 0.069), quick_gelu=False),
 ))
 REGISTRY = MappingProxyType({'paper': PAPER_BACKBONES, 'mini': MINI_BACKBONES})
 ZHANG_BACKBONES = tuple(b.name for b in PAPER_BACKBONES[:9])
@@ -115,18 +115,15 @@ def backbone_names(backbones: str  # 'all' or names separated by commas
     return names
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #backbone-pair
-TXV_BACKBONES = MappingProxyType({'paper': ('ViT-H/14', 'ViT-B/32'), 'mini': ('ViT-B/32', 'RN101')})
+TXV_BACKBONES = ('ViT-H/14', 'ViT-B/32')  # of Galanopoulos & Mezaris 2022, and one beside it
 
-def backbone_pair(profile: str,  # 'mini' or 'paper'
-                  backbone: str = 'profile',  # name of the first; 'profile' = the profile's own
-                  second: str = 'profile'  # name of the second, likewise
+def backbone_pair(backbone: str,  # name of the first
+                  second: str  # name of the other
                  ) -> tuple[str, str]:  # first and second name
-    "The two backbones by name; raises `InputError` where they are one and the same."
-    first, other = (usual if name == 'profile' else name
-                    for name, usual in zip((backbone, second), TXV_BACKBONES[profile]))
-    if first == other:
-        raise InputError(f'backbone and second are both {first!r}: two different ones are needed')
-    return first, other
+    "Both names; raises `InputError` where they are one and the same."
+    if backbone == second:
+        raise InputError(f'backbone and second are both {second!r}: two different ones are needed')
+    return backbone, second
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #check-precision
 PRECISIONS = ('auto', 'fp32', 'fp16', 'bf16')

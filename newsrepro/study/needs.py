@@ -30,7 +30,7 @@ from .registry import Notebook, read_numbers
 def _clip_names(parameter: str, values: Mapping[str, Any]) -> list[str]:
     if parameter == 'backbones': return backbone_names(values[parameter])
     if 'second' not in values: return [values[parameter]]
-    pair = backbone_pair(values['profile'], values['backbone'], values['second'])
+    pair = backbone_pair(values['backbone'], values['second'])
     return [pair[('backbone', 'second').index(parameter)]]
 
 def _translators(value: str, profile: str) -> list[str]:
@@ -335,9 +335,8 @@ def _wise_work(v: Mapping, facts: Mapping[str, Part]) -> Work:
 def _txv_work(v: Mapping, facts: Mapping[str, Part], selections: int = 1) -> Work:
     images = sum(part.train + part.pool for part in facts.values())
     texts = sum(part.train + part.test for part in facts.values())
-    first, second = backbone_pair(v['profile'], v['backbone'], v['second'])
-    main = encoding(first, v['profile'], images, selections*texts)
-    return main + encoding(second, v['profile'], images, texts)
+    main = encoding(v['backbone'], v['profile'], images, selections*texts)
+    return main + encoding(v['second'], v['profile'], images, texts)
 
 WORK = {'10_vilt': _vilt_work, '11_clip_sweep': _sweep_work, '12_fine_tune': _vu_work,
         '13_wise_ft': _wise_work, '14_txv': _txv_work,
