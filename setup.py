@@ -24,6 +24,8 @@ class BuildWithNotebooks(build_py):
             for file in files: copy2(file, package/folder)
 
 
+extras = {extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'docs', 'features')}
+
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
@@ -42,7 +44,7 @@ setup(
     package_data={cfg['lib_name']: ['Snakefile'], cfg['lib_name'] + '.study': ['published.csv', '*.json', 'templates/*'],
                   cfg['lib_name'] + '.mini': ['world.json', 'collections.md', 'checkpoints/*', 'checkpoints/*/*']},
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'docs', 'features')},
+    extras_require=extras | {'dev': extras['dev'] + extras['docs']},  # the tests build the documentation, too
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     cmdclass={'build_py': BuildWithNotebooks},
 )

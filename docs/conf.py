@@ -40,7 +40,7 @@ autodoc_typehints_format, autodoc_member_order = 'short', 'bysource'
 
 FOLDERS = {'core': 'Core', 'data': 'Data', 'text': 'Text', 'models': 'Models', 'ranking': 'Ranking',
            'methods': 'Methods', 'study': 'Study', 'mini': 'Mini profile'}
-GUIDES = ['nbs/add_a_method', 'nbs/bring_data', 'nbs/40_rematch', 'nbs/30_cli']
+GUIDES = ['nbs/add_a_method', 'nbs/bring_data']  # first of the notebooks that are in no folder
 PROJECT = ['benchmarks/README', 'CONTRIBUTING', 'CHANGELOG', 'newsrepro/mini/collections',
            'newsrepro/mini/checkpoints/README']
 PAGES = {path.stem: path.relative_to(ROOT).as_posix() for path in sorted((ROOT/'nbs').rglob('*.ipynb'))}
@@ -55,7 +55,9 @@ def contents() -> str:
               for path in (ROOT/'reports'/'reference'/'tables').glob('*.md')}
     folders = {title: sorted(page.removesuffix('.ipynb') for page in PAGES.values()
                              if page.startswith(f'nbs/{folder}/')) for folder, title in FOLDERS.items()}
-    groups = {'Guides': GUIDES, **folders, 'Project': PROJECT, 'Reference results': sorted(tables)}
+    alone = [page.removesuffix('.ipynb') for page in PAGES.values() if page.count('/') == 1]
+    guides = sorted(set(alone) - {root_doc}, key=lambda page: (page not in GUIDES, page))
+    groups = {'Guides': guides, **folders, 'Project': PROJECT, 'Reference results': sorted(tables)}
     block = '```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {}\n\n{}\n```\n'.format
     return '\n'.join(block(title, '\n'.join(f'/{one}' for one in pages)) for title, pages in groups.items())
 

@@ -625,7 +625,7 @@ def training_articles(
     articles: pd.DataFrame,  # to be matched; title
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # title, text, lang, path: to learn from, to choose the epoch by
     "The training pairs, in English or German; raises `InputError` where they are too few."
-    usable, _ = read_collection(folder, split_plain=False).usable()
+    usable, _ = read_collection(folder, n_test=0).usable()  # without an own split all are learned from
     images = usable.images[['dataset', 'split', 'image_id', 'path']]
     pairs = usable.articles.merge(images, on=['dataset', 'split', 'image_id']).query("split == 'train'")
     titles = lambda table: table.title.str.split().str.join(' ').str.casefold()

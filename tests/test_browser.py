@@ -1,6 +1,7 @@
 """The pages as a browser shows them; skipped where there is no Playwright or no Chromium for it."""
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,9 @@ WIDTHS = (390, 1280, 1920)
 def chromium():
     system = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     with playwright.sync_playwright() as driver:
-        try: browser = driver.chromium.launch(executable_path=system)
-        except playwright.Error as error: pytest.skip(f'Playwright starts no Chromium: {error.message[:200]}')
+        own = driver.chromium.executable_path
+        if not (system or Path(own).exists()): pytest.skip(f'no Chromium: none on the path, none at {own}')
+        browser = driver.chromium.launch(executable_path=system)
         yield browser
         browser.close()
 

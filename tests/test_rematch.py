@@ -228,6 +228,17 @@ def test_txv_learns_from_given_pairs_once(desk, tmp_path, monkeypatch):
     assert (tmp_path/'one'/'run.tsv').read_bytes() == (tmp_path/'two'/'run.tsv').read_bytes()
 
 
+def test_txv_learns_from_all_pairs_where_no_split_is_given(desk, tmp_path):
+    "In the layout of 2025 the last articles would be the test: here all are given but those to be matched."
+    (tmp_path/'newsimages').mkdir()
+    rows = [dict(article_id=i, article_url='', article_title=f'Title {i}', image_id=f'i{i}')
+            for i in range(40)]
+    for i in range(40): Image.new('RGB', (20, 20), (i, 9, 9)).save(tmp_path/'newsimages'/f'i{i}.jpg')
+    pd.DataFrame(rows).to_csv(tmp_path/'newsarticles.csv', index=False)
+    learn, choose = training_articles(tmp_path, pd.DataFrame(dict(title=['title 3', 'TITLE  7'])))
+    assert {*learn.title, *choose.title} == {f'Title {i}' for i in range(40)} - {'Title 3', 'Title 7'}
+
+
 def test_a_table_translates(desk, tmp_path):
     "The German title ranks as its translation does."
     (tmp_path/'t.csv').write_text('text,translation\nDer Bus ist rot,The bus is red\n')

@@ -251,7 +251,7 @@ def test_resumes_after_kill_9_at_any_moment(command, newsrepro, study, tmp_path)
     assert gone(left)
     assert set(states(newsrepro, out).values()) == {'up to date', 'never run'}
     shown = [path for kind in ('tables', 'notebooks') for path in (out/kind).iterdir()]
-    assert {path.suffix for path in shown} == {'.csv', '.ipynb'}
+    assert {path.suffix for path in shown} == {'.csv', '.ipynb', '.html'}
 
 
 def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):

@@ -26,8 +26,6 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
 
-from filelock import FileLock
-
 from ..core.base import InputError
 from .pictures import Group, Picture, Print, world_table, write_pictures
 
@@ -836,8 +834,7 @@ def make_mini(root: str | Path,  # folder to make; must not hold anything else
             raise InputError(f'{root}: holds other files; name an empty or a new folder for the mini '
                              'collections')
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f'.{root.name}.lock')):  # who comes second waits and finds it done
-        if not (root.exists() and _made_by(root) == settings): _make_all(root, world, seed, workers)
+    _make_all(root, world, seed, workers)
     return root
 
 # %% ../../nbs/mini/08_collections.ipynb #make-captions

@@ -427,11 +427,18 @@ def write_plan(
 # %% ../../nbs/study/25_plan.ipynb #run-order
 def run_order(
     seconds: Mapping[str, float],  # name -> estimated; NaN where nobody has counted
+    after: Mapping[str, Sequence[str]],  # name -> those it reads from
     jobs: int = 1,  # notebooks side by side
 ) -> list[str]:  # names
-    "The cheapest first, so that there is soon something to see; of the rest, side by side, the longest."
-    known = sorted((name for name in seconds if seconds[name] == seconds[name]), key=seconds.get)
-    return known if jobs == 1 else known[:1] + known[:0:-1]
+    "The cheapest that can begin, as it soon gives something to see; then, side by side, the longest chains."
+    known = [name for name in seconds if seconds[name] == seconds[name]]
+    readers = {name: [one for one in known if name in after.get(one, ())] for name in known}
+    def chain(name: str) -> float: return seconds[name] + max(map(chain, readers[name]), default=0.)
+    free = [name for name in known if not set(after.get(name, ())) & set(seconds)]
+    first = sorted(free, key=seconds.get)[:1]
+    rest = sorted((name for name in known if name not in first), key=seconds.get if jobs == 1 else chain,
+                  reverse=jobs > 1)
+    return first + rest
 
 # %% ../../nbs/study/25_plan.ipynb #read-job
 def read_job(

@@ -451,7 +451,8 @@ def reproduce(
     if dry_run: return 0
     skipped = {one.name for one in needs.notebooks if one.state == 'skipped'}
     plan = [job for job in plan if job.name not in skipped]
-    order = run_order({one.name: one.seconds for one in needs.running}, needs.at_once)
+    seconds = {one.name: one.seconds for one in needs.running}
+    order = run_order(seconds, {job.name: job.after for job in plan}, needs.at_once)
     missing = make_report(plan, repeated, notebooks, console, needs.at_once, order)
     if refused := refusals(plan, missing): raise InputError('; '.join(refused))
     page = Path(plan[0].out)/'index.html'

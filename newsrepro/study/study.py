@@ -77,10 +77,14 @@ def settings(notebook: str,  # name, as in the registry
 # %% ../../nbs/study/06a_study.ipynb #resolve-data
 def mini_root() -> Path:
     "Folder of the mini collections; made on first use, under a name that changes with the generator."
+    from filelock import FileLock
     from newsrepro.mini import collections as mini
     source = b''.join(path.read_bytes() for path in sorted((PACKAGE/'mini').iterdir())
                       if path.suffix in ('.py', '.json'))
-    return mini.make_mini(cache_dir()/f'mini-{hashlib.sha256(source).hexdigest()[:10]}')
+    root = cache_dir()/f'mini-{hashlib.sha256(source).hexdigest()[:10]}'
+    if root.exists(): return mini.make_mini(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_suffix('.lock')): return mini.make_mini(root)  # who comes second finds it done
 
 def resolve_data(data: str,  # 'mini' or a folder in one of the official layouts
                  layout: str  # mini collection to take: 'newsimages2021', 'newsimages2022' or 'captions'

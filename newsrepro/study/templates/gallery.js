@@ -61,7 +61,7 @@ const filters = {
 const last = one => ranked(one) ? place(one.ranks[choice('run')]) : Infinity;
 const by = key => (a, b) => key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0;
 const orders = {
-  given: null,
+  given: by(one => ranked(one) ? 0 : 1),  // a sample's articles before those that the run leaves out
   worst: by(one => ranked(one) ? -last(one) : 1),
   best: by(last),
   gain: by(one => compared(one) ? -gain(one) : Infinity),
@@ -71,7 +71,7 @@ const orders = {
 function look() {
   const words = at('words').value.toLowerCase().split(/\s+/).filter(Boolean), order = orders[at('order').value];
   shown = set.articles.filter(one => words.every(word => one.words.includes(word)) && filters[at('only').value](one));
-  if (order) shown.sort(order);
+  shown.sort(order);
   drawn = 0;
   at('articles').replaceChildren();
   drawMore();
