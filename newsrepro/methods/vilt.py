@@ -81,7 +81,7 @@ CHOICES = (
 
 # %% ../../nbs/methods/10_vilt.ipynb #presets
 RECIPES = MappingProxyType(dict(original=ORIGINAL, task=ORIGINAL_TASK, retrieval=ORIGINAL_RETRIEVAL,
-                                mini=dict(epochs=4., batch_size=32, rate=3e-4, warmup=.1)))
+                                mini=dict(epochs=4., batch_size=32, rate=1e-4, warmup=.1)))
 PRESETS = MappingProxyType({
     'paper': dict(recipe='original', articles=0, holdout=0., progress=True),
     'mini': dict(recipe='mini', articles=60, holdout=.1, progress=False)})

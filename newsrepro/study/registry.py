@@ -197,7 +197,7 @@ WISE_FT = Notebook('13_wise_ft', 'fukatsu2022', 'Zero-shot, fine-tuned and WISE-
                                   ('rate', (0., 1e-5))))
 
 # %% ../../nbs/study/06_registry.ipynb #txv-entry
-TXV_SETTINGS = (('rate', (0., 1e-4)), ('joint', (0, 2048)), ('backbone', ('profile', 'ViT-H/14')))
+TXV_SETTINGS = (('rate', (0., 1e-4)), ('joint', (0, 2048)), ('backbone', ('ViT-H/14',)))
 TXV = Notebook('14_txv', 'galanopoulos2022', 'T×V on frozen embeddings (Galanopoulos & Mezaris 2022)',
                tables=('galanopoulos2022-extra-txv',), figures=('galanopoulos2022-extra-training',),
                models=(('backbone', 'clip'), ('second', 'clip'), ('extra_text', 'encoder'),
