@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'GALLERY', 'collections_given', 'collection_of', 'TestSet', 'test_sets_of', 'run_name', 'add_runs',
-           'read_sets', 'script_of', 'shown_images', 'ranks_of', 'set_data', 'check_gallery', 'write_pictures',
-           'set_file', 'write_gallery', 'link_gallery', 'gallery']
+           'read_sets', 'script_of', 'shown_images', 'ranks_of', 'shown_of', 'set_data', 'check_gallery',
+           'write_pictures', 'set_file', 'write_gallery', 'link_gallery', 'gallery']
 
 # %% ../nbs/41_gallery.ipynb #imports
 import json, re, shutil
@@ -20,8 +20,8 @@ from .core.base import InputError, atomic_path, package_version, read_json, writ
 from .data.collection import Collection
 from .data.layouts import read_collection
 from .ranking.metrics import rank_of_truth
-from .ranking.runs import read_run
-from .rematching import SHOWN, readable_name, write_thumbs
+from .ranking.runs import SHOWN, ScoredList, plain_number, read_scored_run
+from .rematching import readable_name, write_thumbs
 from .study.registry import NOTEBOOKS, PAPER_LAYOUT, PAPERS, Notebook
 from .study.report import template, write_report
 from .study.study import resolve_data
@@ -60,7 +60,8 @@ class TestSet:
     name: str  # of the data set
     articles: pd.DataFrame  # article_id, title, text, image_id
     images: pd.DataFrame  # image_id, path, status, sha256
-    runs: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)  # name -> article -> images
+    runs: dict[str, dict[str, ScoredList]] = field(default_factory=dict)  # name -> article -> images
+    ranked_by: dict[str, str] = field(default_factory=dict)  # name of a run -> what its scores are
 
 def test_sets_of(
     collection: Collection,  # as read
@@ -90,11 +91,12 @@ def add_runs(
     "Read the runs that are of one of the sets."
     articles = {one.name: set(one.articles.article_id) for one in sets}
     for file in sorted(entry.get('files', ())):
-        if not file.startswith('runs/') or not (report/file).is_file(): continue
-        lists = read_run(report/file, shortest=1)
+        if not re.fullmatch(r'runs/.*\.tsv', file) or not (report/file).is_file(): continue
+        lists, ranked_by = read_scored_run(report/file)
         for one in sets:
-            if lists and lists.keys() <= articles[one.name]:
-                one.runs[run_name(file, notebook.paper, one.name)] = lists
+            if not lists.keys() <= articles[one.name]: continue
+            name = run_name(file, notebook.paper, one.name)
+            one.runs[name], one.ranked_by[name] = lists, ranked_by
 
 # %% ../nbs/41_gallery.ipynb #read-sets
 def read_sets(
@@ -145,6 +147,15 @@ def ranks_of(
         yield [int(ranks[k, at]) if image and article in lists else None
                for k, lists in enumerate(one.runs.values())]
 
+def shown_of(
+    images: ScoredList,  # a run's, for an article
+    number: Mapping[str, int],  # image id -> place in `pictures`
+) -> list[list]:  # of each image of the collection: place, and score where it is known
+    "What the page shows of a list."
+    scored = zip(images, map(plain_number, images.scores.tolist()))
+    return [[number[image]] if score is None else [number[image], score]
+            for image, score in scored if image in number]
+
 def set_data(
     one: TestSet,  # with its runs
     thumbs: Mapping[str, str],  # image id -> file beside the page, '' where it cannot be read
@@ -155,14 +166,14 @@ def set_data(
     paths = dict(zip(one.images.image_id, one.images.path))
     files = [readable_name(Path(paths[image]).name) for image in thumbs]
     pictures = [list(shown) for shown in zip(thumbs, files, thumbs.values())]
-    articles = []
+    articles, nothing = [], ScoredList((), ())
     for row, ranks in zip(one.articles.itertuples(), ranks_of(one)):
-        lists = [[number[image] for image in run.get(row.article_id, ())[:top] if image in number]
-                 for run in one.runs.values()]
+        lists = [shown_of(run.get(row.article_id, nothing)[:top], number) for run in one.runs.values()]
         text = row.text if len(row.text) <= MOST else f'{row.text[:MOST]} …'
         texts = [row.article_id, row.title, text]
         articles.append([*texts, number.get(row.image_id, -1), ranks, lists])
-    return dict(runs=list(one.runs), pictures=pictures, articles=articles)
+    ranked_by = [one.ranked_by.get(run, '') for run in one.runs]
+    return dict(runs=list(one.runs), ranked_by=ranked_by, pictures=pictures, articles=articles)
 
 # %% ../nbs/41_gallery.ipynb #check-gallery
 GALLERY = 'newsrepro gallery'
@@ -214,7 +225,8 @@ def write_gallery(
         files.append(dict(name=one.name, file=set_file(at, one.name), articles=len(one.articles)))
         script = script_of(set_data(one, thumbs[at], top))
         with atomic_path(out/files[-1]['file']) as part: part.write_text(script)
-    page = template('gallery.html').render(facts=facts, sets=files)
+    scored = any(kind for one in sets for kind in one.ranked_by.values())
+    page = template('gallery.html').render(facts=facts, sets=files, scored=scored)
     with atomic_path(out/'index.html') as part: part.write_text(page, encoding='utf-8')
     write_json(out/'gallery.json', dict(made_by=GALLERY) | dict(facts))
 

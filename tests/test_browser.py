@@ -1,4 +1,5 @@
 """The pages as a browser shows them; skipped where there is no Playwright or no Chromium for it."""
+import re
 import shutil
 import time
 from pathlib import Path
@@ -91,6 +92,19 @@ def test_a_gallery_filters_sorts_and_searches(visit, large):
     page.select_option('#only', 'all')
     page.select_option('#set', index=2)
     page.wait_for_function('document.querySelector("article .soft").textContent.startsWith("TW")')
+
+
+def test_a_gallery_shows_scores_with_what_they_are(visit, large):
+    page = visit(large/'index.html')
+    page.wait_for_selector('article')
+    page.select_option('#other', '1')
+    scored, bare = page.locator('article >> nth=0').locator('h3').all_inner_texts()
+    assert scored == 'run 0 · score: log dual softmax' and bare == 'run 1 · no scores kept'
+    with_scores, without = page.locator('article >> nth=0').locator('ol').all()
+    first = with_scores.locator('li:not(.own)').all_inner_texts()
+    assert {re.search(r'(\d+)\..*?(\(.*\))?$', one.replace('\n', ' ')).groups() for one in first} <= {
+        (f'{k + 1}', f'({-14.625 - k/100:g})') for k in range(10)} and len(first) >= 9
+    assert not any('(' in one for one in without.locator('li').all_inner_texts())
 
 
 def test_a_gallery_draws_as_it_is_scrolled(visit, large):

@@ -14,7 +14,7 @@ from newsrepro.core.base import InputError
 from newsrepro.data.layouts import read_collection
 from newsrepro.gallery import TestSet, gallery, write_gallery
 from newsrepro.mini.collections import World, make_mini
-from newsrepro.ranking.runs import ranks_of_file, read_truth, write_run
+from newsrepro.ranking.runs import ScoredList, ranks_of_file, read_truth, write_run, write_scores
 
 TRICK = '<img src=x onerror=alert(1)></script><script>alert(2)'
 WORLD = World(portal=(60, 30), rss=(40, 30), rt=(40, 30), tw=(60, 30), captions=120)
@@ -28,12 +28,13 @@ def collection(tmp_path_factory):
 
 def lists_of(articles, images, seed):
     draw = np.random.default_rng(seed)
-    return {article: list(draw.permutation(images)) for article in articles}
+    scores = -np.arange(len(images))/7
+    return {article: ScoredList(draw.permutation(images).tolist(), scores) for article in articles}
 
 
 @pytest.fixture
 def report(collection, tmp_path):
-    "Two runs on each set, one of them on half of the articles, and one on articles of training."
+    "Two runs on each set, one of half of the articles and without scores, and one on articles of training."
     folder = tmp_path/'report'
     files = {}
     for dataset in ('RSS', 'RT', 'TW'):
@@ -46,6 +47,8 @@ def report(collection, tmp_path):
     for name, lists in files.items():
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         write_run(folder/name, lists)
+        beside = (folder/name).with_suffix('.jsonl')
+        if name.endswith('-a.tsv'): write_scores(beside, lists, 'cosine', top=3, digits=4)
     entry = dict(files=dict.fromkeys(files, ''), data=dict(fingerprint=collection.fingerprint),
                  parameters=dict(data=str(collection.root)), command='x', began='now', seconds=1,
                  peak_memory_mb=1, commit='c')
@@ -73,6 +76,24 @@ def test_ranks_are_those_of_evaluate(collection, report, tmp_path):
             name: expected[name] for name in part.articles.article_id}
         lacking = [one[4][1] is None for one in data['articles']]
         assert lacking == [i % 2 == 1 for i in range(len(part.articles))]
+
+
+def test_scores_stand_beside_the_images_as_far_as_a_run_keeps_some(report):
+    gallery(report)
+    for dataset in ('RSS', 'RT', 'TW'):
+        data = data_of(report/'gallery', dataset)
+        assert data['ranked_by'] == ['cosine', '']
+        for *_, (scored, bare) in data['articles']:
+            assert [own[1:] for own in scored] == [[0.], [-.1429], [-.2857], *[[]]*7]
+            assert [own[1:] for own in bare] in ([], [[]]*10)
+    assert 'with the score' in (report/'gallery'/'index.html').read_text()
+
+
+def test_a_report_without_scores_says_so(report):
+    for file in report.rglob('*.jsonl'): file.unlink()
+    gallery(report)
+    assert data_of(report/'gallery', 'RT')['ranked_by'] == ['', '']
+    assert 'Without scores' in (report/'gallery'/'index.html').read_text()
 
 
 def test_every_picture_is_there_and_small(report):
@@ -134,7 +155,7 @@ def test_nothing_of_others_is_replaced(report):
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
-    "Three sets of 1,500 articles under six runs, every title an attack."
+    "Three sets of 1,500 articles under six runs, half of them with scores; every title an attack."
     root = tmp_path_factory.mktemp('large')
     Image.new('RGB', (640, 480), 'teal').save(root/'one.jpg')
     sets = []
@@ -145,9 +166,12 @@ def large(tmp_path_factory):
         images = pd.DataFrame(dict(image_id=articles.image_id, path=str(root/'one.jpg'), status='ok',
                                    sha256='a'*64))
         draw = np.random.default_rng(0)
-        runs = {f'run {k}': {article: tuple(articles.image_id[draw.integers(0, 1490) + np.arange(10)])
+        scores = [-14.625 - np.arange(10)/100, np.full(10, np.nan)]
+        images_of = lambda place: articles.image_id[place + np.arange(10)]
+        runs = {f'run {k}': {article: ScoredList(images_of(draw.integers(0, 1490)), scores[k % 2])
                              for article in articles.article_id} for k in range(6)}
-        sets.append(TestSet(dataset, articles, images, runs))
+        kinds = {run: '' if k % 2 else 'log dual softmax' for k, run in enumerate(runs)}
+        sets.append(TestSet(dataset, articles, images, runs, kinds))
     write_gallery(root/'gallery', sets, dict(articles=4500, pictures=4500, linked=False))
     return root/'gallery'
 

@@ -2,6 +2,7 @@
 import csv
 import errno
 import json
+import math
 import random
 import re
 import subprocess
@@ -19,8 +20,8 @@ from newsrepro.cli import run as command
 from newsrepro.core.base import InputError
 from newsrepro.ranking.metrics import MEASURES
 from newsrepro.data.names import deobfuscate, obfuscate
-from newsrepro.ranking.runs import (compare_files, evaluate_files, fuse_lists, read_run, read_truth,
-                                    write_run)
+from newsrepro.ranking.runs import (ScoredList, compare_files, evaluate_files, fuse_lists, read_run,
+                                    read_scored_run, read_scores, read_truth, write_run, write_scores)
 from newsrepro.study.study import run_file
 
 steady = settings(deadline=None, derandomize=True)
@@ -44,6 +45,37 @@ def test_a_run_that_can_be_written_is_read_back(tmp_path_factory, run, header):
         assert str(path) in str(e) and '\n' not in str(e) and not path.exists()
     else:
         assert read_run(path, shortest=1) == {a: tuple(images) for a, images in run.items()}
+
+
+scores = st.floats(-1e9, 1e9) | st.sampled_from([math.nan, math.inf, -math.inf])
+scored = st.lists(st.tuples(ids, scores), min_size=1, max_size=8, unique_by=lambda one: one[0])
+
+@steady
+@given(run=st.dictionaries(ids, scored, min_size=1, max_size=8),
+       top=st.integers(1, 9), digits=st.integers(1, 9))
+def test_scores_are_read_back_to_their_digits(tmp_path_factory, run, top, digits):
+    "Any id, line breaks of Unicode among them; what is no finite number is none"
+    path = tmp_path_factory.mktemp('scores') / 'run.jsonl'
+    lists = {article: ScoredList(*zip(*own)) for article, own in run.items()}
+    write_scores(path, lists, 'cosine', top, digits)
+    found, ranked_by = read_scores(path)
+    assert (found, ranked_by) == ({article: images[:top] for article, images in lists.items()}, 'cosine')
+    for article, images in lists.items():
+        for ours, score in zip(found[article].scores, images.scores[:top]):
+            if not math.isfinite(score): assert math.isnan(ours)
+            else: assert ours == pytest.approx(score, rel=10**(1 - digits)/2*1.001, abs=1e-320)
+
+
+def test_scores_of_another_run_are_refused(tmp_path):
+    best = {'a': ScoredList('ij', [.5, .25]), 'b': ScoredList('ji', [.5, .25])}
+    write_scores(tmp_path/'run.jsonl', best, 'cosine', top=1)
+    for lists in (best, {'a': 'ij'}):
+        write_run(tmp_path/'run.tsv', lists)
+        assert read_scored_run(tmp_path/'run.tsv')[0]['a'] == ['i', 'j']
+    for lists in ({'a': 'ji'}, {'b': 'ij', 'a': 'ij'}):
+        write_run(tmp_path/'run.tsv', lists)
+        with pytest.raises(InputError, match=r'run\.jsonl: of another run than .*; remove it'):
+            read_scored_run(tmp_path/'run.tsv')
 
 
 def test_a_run_is_replaced_whole_or_not_at_all(tmp_path):
@@ -78,6 +110,9 @@ def test_damaged_files_are_refused_in_one_line(tmp_path_factory, raw):
     try: run = read_run(path, shortest=1)
     except InputError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
     else: assert run and all(a and images and all(images) for a, images in run.items())
+    try: read_scores(path)
+    except InputError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
+    else: assert False, 'no bytes of these are scores'
 
 
 @pytest.mark.parametrize('metric',

@@ -21,6 +21,7 @@ from ..data.splits import sample_pairs
 from ..models.loader import Encoder
 from ..models.store import EmbeddingStore, embed
 from ..ranking.pool import Pool, ranked
+from ..ranking.runs import ScoredList
 from ..study.claims import Claim, printed_difference
 from ..study.registry import Choice
 
@@ -91,7 +92,7 @@ def zero_shot(texts: Mapping[str, Sequence[str]],  # part -> the text of each of
               store: EmbeddingStore,  # read first, then filled
               batch_size: int = 64,  # inputs a forward pass
               workers: int = 0  # threads that decode; 0 = one a core, at most 8
-             ) -> dict[str, dict[str, list[str]]]:  # part -> article id -> its 100 nearest images, best first
+             ) -> dict[str, dict[str, ScoredList]]:  # part -> article id -> 100 nearest images, best first
     "Search each part's images for its articles; raises `InputError` for a file that is no picture."
     written, of_articles = places_among([texts[part] for part in parts])
     pictures, of_images = places_among([part.images.path for part in parts.values()])

@@ -31,6 +31,7 @@ from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, ide
                                     normaliser, settle, train, training_key)
 from ..ranking.metrics import rank_of_truth
 from ..ranking.pool import Pool, ranked
+from ..ranking.runs import ScoredList
 from ..study.claims import Claim, printed_difference
 from ..study.registry import Choice
 from ..text.cleaning import clean_all
@@ -186,7 +187,7 @@ def embed_pool(encoder: Encoder,  # of the pool's architecture
 def search(encoder: Encoder,  # of the pool's architecture
            pool: DecodedPool,  # articles, and the images to choose from
            k: int = 100  # images a list
-          ) -> dict[str, list[str]]:  # article id -> image ids, best first
+          ) -> dict[str, ScoredList]:  # article id -> image ids, best first, with cosines
     "For each article of the pool its `k` nearest images."
     return ranked(pool.pool, *embed_pool(encoder, pool), k, encoder.device)
 
@@ -194,7 +195,7 @@ def search(encoder: Encoder,  # of the pool's architecture
 def search_parts(encoders: Mapping[str, Encoder],  # run -> one of the pools' architecture
                  pools: Mapping[str, DecodedPool]  # part -> pool, 'test' among them
                 ) -> tuple[dict[tuple[str, str], np.ndarray],  # (part, run) -> ranks, where truth is known
-                           dict[str, dict[str, list[str]]]]:  # run -> article of the test part -> 100 images
+                           dict[str, dict[str, ScoredList]]]:  # run -> article of the test part -> 100 images
     "Search every pool with every encoder; ranks count however deep they are."
     ranks, lists = {}, {}
     for (run, encoder), (part, pool) in product(encoders.items(), pools.items()):

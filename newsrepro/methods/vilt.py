@@ -304,10 +304,10 @@ class Ranker:
                              pool.path.tolist(), k=len(pool), folder=self.folder, effort=self.effort,
                              progress=self.progress)
 
-def first_hundred(lists: Mapping[str, Sequence[str]]  # article id -> images, best first
-                 ) -> dict[str, list[str]]:
+def first_hundred(lists: Mapping[str, list[str]]  # article id -> images, best first
+                 ) -> dict[str, list[str]]:  # with scores where `lists` have some
     "As the task wants them."
-    return {article: list(images[:100]) for article, images in lists.items()}
+    return {article: images[:100] for article, images in lists.items()}
 
 # %% ../../nbs/methods/10_vilt.ipynb #gain-rows
 def told_apart(row: Mapping[str, Any]  # of a table of differences: value, ci_low, ci_high

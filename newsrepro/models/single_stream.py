@@ -40,6 +40,7 @@ from .encoding import halved
 from .weights import read_weights, weights_digest
 from ..ranking.metrics import tie_order
 from ..ranking.retrieve import check_k, from_keys, to_keys
+from ..ranking.runs import ScoredList
 from ..text.language import folder_fingerprint
 from ..core.threads import threads_for
 
@@ -776,7 +777,7 @@ def matched_lists(matcher: Matcher,  # with a trained matching head
                   folder: Path | None = None,  # of journals; None = nothing is kept
                   effort: Effort = Effort(),  # how the work is split
                   progress: bool = False  # show a bar
-                 ) -> dict[str, list[str]]:  # text id -> picture ids, best first
+                 ) -> dict[str, ScoredList]:  # text id -> picture ids, best first, with log odds of matching
     "`rank_pairs` with ids; a smaller pool is listed whole; raises `InputError`."
     if len(text_ids) != len(texts) or len(picture_ids) != len(pictures):
         raise InputError('as many ids as texts, and as pictures, are needed')
@@ -788,5 +789,5 @@ def matched_lists(matcher: Matcher,  # with a trained matching head
     k = min(k, len(names) if wanted is None else wanted.shape[1])
     effort = effort.filled(matcher.model.device)
     journal = folder and Path(folder)/journal_name(matcher, texts, paths, k, wanted, effort)
-    _, places = rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort, progress)
-    return {text: names[row].tolist() for text, row in zip(text_ids, places)}
+    odds, places = rank_pairs(matcher, list(texts), paths, k, wanted, journal, effort, progress)
+    return {text: ScoredList(names[row].tolist(), own) for text, row, own in zip(text_ids, places, odds)}

@@ -15,6 +15,7 @@ from ..data.collection import Collection
 from .metrics import rank_of_truth, tie_order
 from .one_to_one import best_columns
 from .retrieve import ranked_lists
+from .runs import ScoredList
 
 # %% ../../nbs/ranking/05b_pool.ipynb #column-ranks
 def column_ranks(scores: np.ndarray,  # (n, m)
@@ -61,16 +62,18 @@ def ranked(pool: Pool,  # whose images are listed
            texts: np.ndarray,  # (n, d) unit rows, one an article
            images: np.ndarray,  # (m, d) unit rows, in the order in which the images were given
            k: int = 100,  # images a list at most
-           device: str = 'cpu') -> dict[str, list[str]]:  # article id -> image ids, best first
+           device: str = 'cpu') -> dict[str, ScoredList]:  # article id -> image ids, best first, with cosines
     "Each article's `k` nearest images by cosine."
     return ranked_lists(pool.articles, texts, pool.images, images[pool.order], min(k, len(images)), device)
 
 def scored_lists(pool: Pool, scores: np.ndarray,  # (n, m), columns as in the pool
                  k: int = 100  # images a list at most
-                ) -> dict[str, list[str]]:  # article id -> image ids, best first
+                ) -> dict[str, ScoredList]:  # article id -> image ids, best first, with their scores
     "Each article's `k` images of highest score."
     places = best_columns(scores, min(k, scores.shape[1]))
-    return {article: [pool.images[j] for j in row] for article, row in zip(pool.articles, places)}
+    best = np.take_along_axis(np.asarray(scores), places, axis=1)
+    return {article: ScoredList([pool.images[j] for j in row], own)
+            for article, row, own in zip(pool.articles, places, best)}
 
 # %% ../../nbs/ranking/05b_pool.ipynb #ranks
 def ranks_by_cosine(pool: Pool,  # with the truth

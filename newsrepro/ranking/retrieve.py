@@ -17,6 +17,7 @@ import torch
 
 from ..core.base import InputError
 from .metrics import tie_order
+from .runs import ScoredList
 
 # %% ../../nbs/ranking/05_retrieve.ipynb #unit-rows
 def as_unit_rows(x: np.ndarray,  # (n, dim), of any scale
@@ -331,11 +332,12 @@ def ranked_lists(query_ids: Sequence[str],  # as many as queries
                  candidates: np.ndarray,  # (m, dim), of any scale
                  k: int = 100,  # length of the lists
                  device: str = 'cpu'  # where the search runs, such as 'cpu' or 'cuda:0'
-                ) -> dict[str, list[str]]:  # query id -> candidate ids, best first
+                ) -> dict[str, ScoredList]:  # query id -> candidate ids, best first, with cosines
     "Ids of the `k` nearest candidates by cosine; a smaller pool is listed whole; raises `InputError`."
     if len(query_ids) != len(queries) or len(candidate_ids) != len(candidates):
         raise InputError('as many ids as embeddings are needed')
     order = tie_order(candidate_ids)
-    places = top_k(queries, np.asarray(candidates)[order], min(k, len(order)) or k, device)[1]
+    cosines, places = top_k(queries, np.asarray(candidates)[order], min(k, len(order)) or k, device)
     names = np.asarray(candidate_ids, dtype=object)[order]
-    return {query: names[row].tolist() for query, row in zip(query_ids, places)}
+    return {query: ScoredList(names[row].tolist(), own)
+            for query, row, own in zip(query_ids, places, cosines)}

@@ -348,7 +348,7 @@ def paper_parts(
         part['tables'] += [table_part(out, name, entry, verdicts.get(name, '')) for name in tables]
         part['figures'] += [figure_part(out, name, entry) for name in figures]
         part['notebooks'].append(dict(name=notebook.name, title=notebook.title))
-        part['runs'] += sorted(name for name in entry.get('files', ()) if name.startswith('runs/'))
+        part['runs'] += sorted(name for name in entry.get('files', ()) if re.fullmatch(r'runs/.*\.tsv', name))
     return [dict(key=key, title=PAPERS.get(key, key), **part) for key, part in papers.items()]
 
 # %% ../../nbs/study/20_report.ipynb #pending-tables

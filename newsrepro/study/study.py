@@ -34,7 +34,7 @@ from .registry import (CORE, COUNTS, PAPER_LAYOUT, PROFILES, Notebook, check_val
                                       published_table, resolve_device)
 from ..text.language import (MarianTranslator, TableTranslator, TranslationMemory, english,
                                      find_translator)
-from ..ranking.runs import write_run
+from ..ranking.runs import SHOWN, write_run, write_scores
 
 # %% ../../nbs/study/06a_study.ipynb #settings
 @dataclass(frozen=True)
@@ -399,15 +399,16 @@ def run_file(dataset: str,  # data set and part, as the collection names them
 def save_run(s: Settings,  # of the notebook
              dataset: str,  # as of `run_file`
              run: str,  # as of `run_file`
-             retrieved: Mapping[str, list[str]],  # article id -> image ids, best first
-             **options  # of `newsrepro.ranking.runs.write_run`
+             retrieved: Mapping[str, Sequence[str]],  # article id -> image ids, best first
+             ranked_by: str = ''  # what the scores of `ScoredList`s are, such as 'cosine'; '' = none are kept
             ) -> Path:
-    "Write `runs/<paper>/<dataset>-<run>.tsv`; returns its path."
+    "Write `runs/<paper>/<dataset>-<run>.tsv`, scores beside it as `.jsonl`; returns the run file's path."
     target = s.out_dir/'runs'/s.notebook.paper/run_file(dataset, run)
     others = {path.name for path in target.parent.glob('*.tsv')} - {target.name}
     if target.name.lower() in map(str.lower, others):  # one file on many a disk
         target = target.with_stem(f'{target.stem}-{_mark(target.stem)}')
-    write_run(target, retrieved, **options)
+    write_run(target, retrieved)
+    if ranked_by: write_scores(target.with_suffix('.jsonl'), retrieved, ranked_by, top=SHOWN, digits=4)
     return target
 
 # %% ../../nbs/study/06a_study.ipynb #write-figure

@@ -1,6 +1,6 @@
 'use strict';
 const at = id => document.getElementById(id), BATCH = 20, sets = {};
-let set = {runs: [], pictures: [], articles: []}, shown = [], drawn = 0;
+let set = {runs: [], ranked_by: [], pictures: [], articles: []}, shown = [], drawn = 0;
 
 {% include 'cards.js' %}
 
@@ -15,20 +15,22 @@ const gain = one => 1/place(one.ranks[choice('run')]) - 1/place(one.ranks[choice
 const ranked = one => one.ranks[choice('run')] !== null;
 const compared = one => ranked(one) && choice('other') >= 0 && one.ranks[choice('other')] !== null;
 
-function picture(list, number, label, own) {
+function picture(list, number, score, label, own) {
   const [id, file, thumb] = set.pictures[number];
   const item = element('li', '', list, own ? {class: 'own'} : {});
   if (thumb) element('img', '', item, {src: thumb, alt: `Picture ${file}`, loading: 'lazy', decoding: 'async', width: 144, height: 108});
   else element('span', 'cannot be read', item, {class: 'gone'});
   element('b', `${label} `, item);
-  element('span', id, item, {title: file});
+  element('span', score === undefined ? id : `${id} (${score})`, item, {title: file});
 }
 function listOf(one, run, part) {
-  element('h3', set.runs[run], part);
+  const head = element('h3', set.runs[run], part), lists = one.lists[run];
+  element('span', set.ranked_by[run] ? ` · score: ${set.ranked_by[run]}` : ' · no scores kept', head, {class: 'soft'});
   const list = element('ol', '', part, {tabindex: 0, 'aria-label': `Pictures of ${set.runs[run]} for ${one.title || one.id}`});
-  if (one.truth >= 0) picture(list, one.truth, `true${one.ranks[run] === null ? '' : one.ranks[run] ? `, rank ${one.ranks[run]}` : ', not listed'}`, true);
-  one.lists[run].forEach((number, k) => { if (number !== one.truth) picture(list, number, `${k + 1}.`, false) });
-  if (!one.lists[run].length) element('li', 'no list in this run', list);
+  const own = lists.find(([number]) => number === one.truth) ?? [];
+  if (one.truth >= 0) picture(list, one.truth, own[1], `true${one.ranks[run] === null ? '' : one.ranks[run] ? `, rank ${one.ranks[run]}` : ', not listed'}`, true);
+  lists.forEach(([number, score], k) => { if (number !== one.truth) picture(list, number, score, `${k + 1}.`, false) });
+  if (!lists.length) element('li', 'no list in this run', list);
 }
 function card(one) {
   const part = element('article', '', at('articles'));
