@@ -24,8 +24,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import matplotlib
 import psutil
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from growth import CURVES, OURS, PEERS
 
@@ -190,7 +191,8 @@ def page(found: dict) -> str:
     return f"""# Measured beside others
 
 `python benchmarks/all.py {how}` on {at['processor']}, {at['cores']} cores, {at['memory_gib']} GiB, \
-{at['system']}, {found['date']}, commit {found['commit'] or 'unknown'}; load of the machine before it began: {at['load']}.
+{at['system']}, {found['date']}, commit {found['commit'] or 'unknown'}; \
+load of the machine before it began: {at['load']}.
 {used}.
 
 Every way and size has a process of its own. Seconds are the median of up to five runs, \
@@ -213,15 +215,11 @@ Sizes double while the time given and the memory last. The last two columns: wha
 """ + (f'\n## Not measured\n\n{remarks}' if remarks else '')
 
 
-def draw(points: list[dict], path: Path) -> None:
+def draw(points: list[dict]) -> Figure:
     "Time and memory of each curve, side by side."
-    matplotlib.use('svg')
-    matplotlib.rcParams |= {'svg.fonttype': 'none', 'svg.hashsalt': OURS, 'font.size': 8}
-    import matplotlib.pyplot as plt
     names = list(dict.fromkeys(one['curve'] for one in points))
-    figure, axes = plt.subplots(len(names), 2, figsize=(8, 2.4*len(names)), squeeze=False,
-                                layout='constrained')
-    for row, name in zip(axes, names):
+    figure = Figure(figsize=(8, 2.4*len(names)), layout='constrained')
+    for row, name in zip(figure.subplots(len(names), 2, squeeze=False), names):
         for axis, what in zip(row, ('seconds', 'megabytes')):
             own = [one for one in points if one['curve'] == name]
             for way in dict.fromkeys(one['way'] for one in own):
@@ -230,15 +228,15 @@ def draw(points: list[dict], path: Path) -> None:
             axis.set(title=f'{name}: {what}', xlabel=CURVES[name].axis)
             axis.grid(alpha=.3)
         row[0].legend(frameon=False)
-    figure.savefig(path, metadata={'Date': None})
-    plt.close(figure)
+    return figure
 
 
 def write(found: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'results.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
     (folder/'results.md').write_text(page(found), encoding='utf-8')
-    draw(found['points'], folder/'results.svg')
+    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': OURS, 'font.size': 8}):
+        draw(found['points']).savefig(folder/'results.svg', metadata={'Date': None})
 
 
 def main(arguments: list[str] | None = None) -> None:
