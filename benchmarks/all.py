@@ -196,8 +196,9 @@ load of the machine before it began: {at['load']}.
 {used}.
 
 Every way and size has a process of its own. Seconds are the median of up to five runs, \
-of one where it takes a second or more; MB are the most memory held above what the imports hold. \
-Weights and vectors are random. [`results.json`](results.json) has every point.
+of one where it takes a second or more; MB are the most memory held above what the imports hold, \
+without the workers of a loader. Weights and vectors are random. \
+[`results.json`](results.json) has every point.
 
 ## Ratios
 
@@ -224,8 +225,11 @@ def draw(points: list[dict]) -> Figure:
             own = [one for one in points if one['curve'] == name]
             for way in dict.fromkeys(one['way'] for one in own):
                 x, y = zip(*((one['size'], one[what]) for one in own if one['way'] == way))
-                axis.loglog(x, y, 'o-', label=way, markersize=3, linewidth=2 if way == OURS else 1)
+                axis.loglog(x, y, 'o-', base=2, label=way, markersize=3, linewidth=2 if way == OURS else 1)
             axis.set(title=f'{name}: {what}', xlabel=CURVES[name].axis)
+            axis.set_xticks(sizes := sorted({one['size'] for one in own}), [f'{size:,}' for size in sizes])
+            axis.yaxis.set_major_formatter('{x:.3g}')
+            axis.minorticks_off()
             axis.grid(alpha=.3)
         row[0].legend(frameon=False)
     return figure
