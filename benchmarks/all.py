@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from growth import CURVES, OURS, PEERS
 
+LEAST = 120  # seconds that a point may take, whatever the budget
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ('newsrepro', 'torch', 'numpy', 'open_clip_torch', 'transformers', 'scikit-learn',
              *(distribution for _, distribution in PEERS.values()))
@@ -80,31 +81,33 @@ def is_there(way: str) -> bool:
 # a curve: sizes that double
 
 def next_value(own: list[dict], what: str) -> float:
-    "Grown as it did last, and at least twofold."
+    "Grown as it did last, and at least twofold; fourfold after the first size; 0 before it."
+    if not own: return 0
     last = own[-1][what]
     return last*max(2, last/own[-2][what] if len(own) > 1 and own[-2][what] else 4)
 
 
 def fits(done: dict[str, list[dict]], ways: list[str], seconds: float) -> list[str]:
-    "Of `ways` those that the next size leaves time and memory for; the slowest is left out first."
+    "Of `ways` those that the next size leaves time and memory for; the slowest of the others goes first."
     free = psutil.virtual_memory().available/2**20
-    ways = sorted((way for way in ways if not done[way] or next_value(done[way], 'megabytes') < free),
-                  key=lambda way: next_value(done[way], 'took') if done[way] else 0)
-    while sum(next_value(done[way], 'took') for way in ways if done[way]) > max(0, seconds): ways.pop()
-    return ways
+    costs = {way: done[way][-1]['took'] + next_value(done[way], 'seconds') if done[way] else 0 for way in ways
+             if next_value(done[way], 'megabytes') < free}
+    left = sorted(costs, key=lambda way: (way != OURS, costs[way]))
+    while sum(costs[way] for way in left) > max(0, seconds): left.pop()
+    return left
 
 
 def grow(name: str, tiny: bool, seconds: float) -> tuple[list[dict], list[str]]:  # points, remarks
     "All ways of a curve, as far as `seconds` reach."
     end, curve = time.perf_counter() + seconds, CURVES[name]
     size = curve.tiny if tiny else curve.first
-    ways = point(name, '', size, tiny, 60)['ways']
+    ways = point(name, '', size, tiny, LEAST)['ways']
     remarks = [f'{way}: not installed: pip install {PEERS[way][1]}' for way in ways if not is_there(way)]
     ways = [way for way in ways if is_there(way)]
     done = {way: [] for way in ways}
     for size in (size*2**step for step in range(2 if tiny else 30)):
         for way in (ways := fits(done, ways, end - time.perf_counter())):
-            found = point(name, way, size, tiny, max(60, 2*(end - time.perf_counter())))
+            found = point(name, way, size, tiny, max(LEAST, 2*(end - time.perf_counter())))
             if 'failed' in found: remarks.append(f"{name}, {way}, {size:,}: {found['failed']}")
             else: done[way].append(dict(curve=name, way=way, size=size) | found)
         ways = [way for way in ways if done[way] and done[way][-1]['size'] == size]

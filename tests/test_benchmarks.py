@@ -52,19 +52,21 @@ def test_recall_is_alike(tmp_path):
 
 
 def points(*values):
-    return [dict(way='a', size=2**i, seconds=x, took=x, megabytes=10*x) for i, x in enumerate(values)]
+    return [dict(seconds=x, took=x + 1, megabytes=10*x) for x in values]
 
 
-def test_what_would_not_fit_is_left_out_the_slowest_first():
-    done = dict(quick=points(1, 2), slow=points(1, 3), first=[])
-    assert together.next_value(points(3), 'took') == 4*3
-    assert together.next_value(points(4, 3), 'took') == 2*3
-    assert together.next_value(points(1, 3), 'took') == 3*3
-    assert set(together.fits(done, list(done), 2*2 + 3*3)) == set(done)
-    assert set(together.fits(done, list(done), 2*2 + 3*3 - 1)) == {'first', 'quick'}
-    assert together.fits(done, list(done), -1) == ['first']
+def test_what_would_not_fit_is_left_out_the_slowest_of_the_others_first():
+    done = {'quick': points(1, 2), growth.OURS: points(1, 3), 'slow': points(1, 3), 'first': []}
+    assert together.next_value(points(3), 'seconds') == 4*3
+    assert together.next_value(points(4, 3), 'seconds') == 2*3
+    assert together.next_value(points(1, 3), 'seconds') == 3*3
+    whole = (3 + 2*2) + 2*(4 + 3*3)
+    assert set(together.fits(done, list(done), whole)) == set(done)
+    assert together.fits(done, list(done), whole - 1) == [growth.OURS, 'first', 'quick']
+    assert together.fits(done, list(done), 12) == []
+    assert together.fits(dict(first=[]), ['first'], -1) == ['first']
     done['slow'][-1]['megabytes'] = 2.**40
-    assert set(together.fits(done, list(done), 100)) == {'first', 'quick'}
+    assert 'slow' not in together.fits(done, list(done), whole)
 
 
 def test_a_ratio_is_ours_to_the_other_at_the_same_size():
