@@ -63,7 +63,7 @@ def faiss_search(q, c, k):
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(q.shape[1])
     index.add(c)
-    index.search(q, k)
+    return index.search(q, k)[1]
 
 
 def table(rows):

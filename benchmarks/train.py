@@ -59,19 +59,30 @@ def plain_step(model, optimiser, loss_of, images, tokens, mixed):
     return loss.item()
 
 
-def speed(args, length: int) -> tuple[float, float]:  # median seconds a step: plain, ours
-    recipe = Recipe(args.repetitions + 1, batch_size=args.batch, rate=1e-5, warmup=0, augment='none',
-                    mixed=args.mixed)
-    pairs, ours = some_pairs(args.batch, length), fresh(args.device)
-    theirs = fresh(args.device, as_open_clip_builds_it).train()
-    set_modes(ours, recipe)
+def plain_training(pairs: Pairs, mixed: bool, device: str):
+    "A step of open_clip's own."
+    theirs = fresh(device, as_open_clip_builds_it).train()
     decays = lambda wanted: [p for p in theirs.parameters() if (p.ndim >= 2) == wanted]
     plain = torch.optim.AdamW([dict(params=decays(True), weight_decay=.1),
                                dict(params=decays(False), weight_decay=0.)], lr=1e-5, betas=(.9, .98))
-    optimiser, images = make_optimiser(ours, recipe), NORMALISE(pairs.pixels/255)
-    stream, seconds = batch_stream(pairs, recipe, 224), {'plain': [], 'ours': []}
-    steps = {'plain': lambda: plain_step(theirs, plain, ClipLoss(), images, pairs.tokens, args.mixed),
-             'ours': lambda: optimise(ours, optimiser, next(stream), recipe, NORMALISE)}
+    images = NORMALISE(pairs.pixels/255)
+    return lambda: plain_step(theirs, plain, ClipLoss(), images, pairs.tokens, mixed)
+
+
+def our_training(pairs: Pairs, recipe: Recipe, device: str):
+    "A step of ours."
+    ours = fresh(device)
+    set_modes(ours, recipe)
+    optimiser, stream = make_optimiser(ours, recipe), batch_stream(pairs, recipe, 224)
+    return lambda: optimise(ours, optimiser, next(stream), recipe, NORMALISE)
+
+
+def speed(args, length: int) -> tuple[float, float]:  # median seconds a step: plain, ours
+    recipe = Recipe(args.repetitions + 1, batch_size=args.batch, rate=1e-5, warmup=0, augment='none',
+                    mixed=args.mixed)
+    pairs, seconds = some_pairs(args.batch, length), {'plain': [], 'ours': []}
+    steps = {'plain': plain_training(pairs, args.mixed, args.device),
+             'ours': our_training(pairs, recipe, args.device)}
     for repetition in range(args.repetitions + 1):
         for name in sorted(steps, reverse=repetition % 2 == 1):
             if args.device != 'cpu': torch.cuda.synchronize()

@@ -25,7 +25,7 @@ project, author, release = settings['title'], settings['author'], settings['vers
 copyright = settings['copyright']
 extensions = ['myst_nb', 'sphinx.ext.autodoc']
 root_doc = 'nbs/index'
-include_patterns = ['nbs/**.ipynb', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md',
+include_patterns = ['nbs/**.ipynb', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/*.md',
                     'newsrepro/mini/collections.md', 'newsrepro/mini/checkpoints/README.md',
                     'reports/reference/tables/*.md']
 exclude_patterns = ['.*', '_*', 'build', '**/.ipynb_checkpoints']
@@ -41,8 +41,8 @@ autodoc_typehints_format, autodoc_member_order = 'short', 'bysource'
 FOLDERS = {'core': 'Core', 'data': 'Data', 'text': 'Text', 'models': 'Models', 'ranking': 'Ranking',
            'methods': 'Methods', 'study': 'Study', 'mini': 'Mini profile'}
 GUIDES = ['nbs/add_a_method', 'nbs/bring_data']  # first of the notebooks that are in no folder
-PROJECT = ['benchmarks/README', 'CONTRIBUTING', 'CHANGELOG', 'newsrepro/mini/collections',
-           'newsrepro/mini/checkpoints/README']
+PROJECT = ['benchmarks/README', 'benchmarks/results', 'CONTRIBUTING', 'CHANGELOG',
+           'newsrepro/mini/collections', 'newsrepro/mini/checkpoints/README']
 PAGES = {path.stem: path.relative_to(ROOT).as_posix() for path in sorted((ROOT/'nbs').rglob('*.ipynb'))}
 HOME = {name: f'newsrepro.{home}.{name}' for home, names in newsrepro._HOMES.items() for name in names}
 

@@ -78,10 +78,12 @@ def needed() -> dict[str, set[str]]:
     develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
                      *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
     docs = needs((ROOT/'docs').glob('*.py')) | BEHIND_DOCS.keys()
-    return dict(run=run - features, dev=develop - run - features, features=features & run, docs=docs - run)
+    beside = {'clip-benchmark'}  # nothing but `benchmarks/growth.py` runs it, and only where it is there
+    return dict(run=run - features, dev=develop - run - features - beside, features=features & run,
+                docs=docs - run, benchmarks=beside & develop)
 
 
-@pytest.mark.parametrize('group', ['run', 'dev', 'features', 'docs'])
+@pytest.mark.parametrize('group', ['run', 'dev', 'features', 'docs', 'benchmarks'])
 def test_requirements_are_what_is_imported(group):
     "Nothing is missing for a stranger, and nothing is asked for in vain."
     assert sorted(required()[group]) == sorted(needed()[group])
