@@ -61,11 +61,11 @@ HARD = {  # rows, the first 60 of which ask for the others; whether all, some or
     'of any norm': (lambda x: x*10.**np.linspace(-30, 30, len(x))[:, None], 'none'),
     'of any scale within a row': (lambda x: x*10.**np.linspace(-35, 0, x.shape[1]), 'some'),
     'denormal': (lambda x: x*1e-40, 'some'),
-    'near duplicates': (lambda x: x[:1] + np.linspace(0, 1e-6, len(x))[:, None]*x, 'all'),
+    'near duplicates': (lambda x: x[:1] + np.linspace(0, 1e-6, len(x))[:, None]*x, 'some'),
     'near duplicates of a few': (lambda x: x[np.arange(len(x)) % 97] + 1e-7*x, 'some'),
     'duplicates': (lambda x: x[np.arange(len(x)) % 97], 'some'),
     'all equal': (lambda x: x[:1].repeat(len(x), 0), 'all'),
-    'signs': (lambda x: np.sign(x[:, :4]), 'all'),  # cosines are multiples of 1/2
+    'signs': (lambda x: np.sign(x[:, :4]), 'some'),  # cosines are multiples of 1/2
 }
 
 

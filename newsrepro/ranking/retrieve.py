@@ -290,27 +290,29 @@ def in_order(q: torch.Tensor,  # (n, dim) unit rows
              scores: np.ndarray,  # (n, k) float32 as `search` found them, or right and float64
              places: np.ndarray,  # (n, k) int64, likewise
              handicap: Handicap  # whose value (for float32 scores, in float32) was taken off
-            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores float64, places, error of each score
-    "Lists in the order of float64."
-    places = places.copy()
-    error = handicap.error[places] + 2**-48
+            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores float64, places, others' limit (n,)
+    "Lists in the order of float64, and a score that no candidate outside of a list exceeds."
+    places, wrong = places.copy(), handicap.error.max() + 2**-48
     def again(rows, columns):
         there = places[rows, columns]
         if len(there): scores[rows, columns] = exact_cosines(q, c, rows, there) - handicap.value[there]
-    if scores.dtype == np.float32:
-        scores = scores + (handicap.value.astype(np.float32) - handicap.value)[places]
+    single = scores.dtype == np.float32
+    if single: scores = scores + (handicap.value.astype(np.float32) - handicap.value)[places]
+    last = scores[:, -1].copy()
+    if single:
         spread = np.unique(np.linspace(0, scores.size - 1, SAMPLE).astype(int))
         sample = np.unravel_index(spread, scores.shape)
         seen = scores[sample]
         again(*sample)
-        error = max(2*np.abs(seen - scores[sample]).max(), 2**-24) + handicap.error[places]
-        again(*(doubtful := close(scores, error)))
+        error = max(2*np.abs(seen - scores[sample]).max(), 2**-24)
+        wrong += error
+        again(*(doubtful := close(scores, error + handicap.error[places])))
         sort_rows(scores, places, np.unique(doubtful[0]))
     doubtful = close(scores, handicap.error[places] + 2**-48)
     handicap.refine(np.unique(places[doubtful]))
     again(*doubtful)
     sort_rows(scores, places, np.unique(doubtful[0]))
-    return scores, places, error
+    return scores, places, last + 2*wrong
 
 # %% ../../nbs/ranking/05_retrieve.ipynb #rounded
 class Rounded:
@@ -446,10 +448,9 @@ def exact_search(q: torch.Tensor,  # (n, dim) unit rows
             unsettled.append(np.delete(rows, which))
             rows = rows[which]
             if not len(rows): continue
-            score, place, error = in_order(q[rows], c, *found, handicap)
+            score, place, limit = in_order(q[rows], c, *found, handicap)
             scores[rows], places[rows] = score[:, :k], place[:, :k]
-            near = score[:, k - 1] - score[:, -1] <= error[:, k - 1] + error[:, -1]
-            unsettled.append(rows[near & (width < len(c))])
+            unsettled.append(rows[(score[:, k - 1] <= limit) & (width < len(c))])
         left, rounded = np.concatenate(unsettled), None
     return scores, places
 
