@@ -2,6 +2,7 @@
 
     python benchmarks/retrieve.py                    # 100,000 x 100,000 x 512, top 100
     python benchmarks/retrieve.py --size 20000       # smaller
+    python benchmarks/retrieve.py --float32          # as on a processor without bfloat16
     python benchmarks/retrieve.py --only assignment
     python benchmarks/retrieve.py --device cuda --size 1000000 --repeats 1 --only search
 """
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import torch
 
+from newsrepro.ranking import retrieve
 from newsrepro.ranking.one_to_one import assign, dual_softmax_top_k
 from newsrepro.ranking.retrieve import block_sizes, top_k
 
@@ -96,8 +98,10 @@ def search(a):
     for name in ('top-k', 'obvious top-k loop'):
         if 'FAISS IndexFlatIP' in jobs and name in jobs:
             ratios[name] = per_round(name, 'FAISS IndexFlatIP', 1)
+    passed = retrieve.rounding_pays(a.size, torch.empty(a.size, a.dim, device=a.device), a.k)
     print(f'{a.size:,} x {a.size:,} x {a.dim}, top {a.k}, temperature {a.temperature}, {a.device}, '
           f'{torch.get_num_threads()} threads; '
+          f'first pass in {"bfloat16" if passed else "float32"}; '
           f'peak memory of dual softmax and top-k with their inputs {memory:.2f} GB')
     table([(name, median[name], ratios.get(name, '')) for name in jobs])
 
@@ -127,9 +131,11 @@ if __name__ == '__main__':
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--assignment', type=int, default=5000,
                         help='articles, and images, of the assignment')
+    parser.add_argument('--float32', action='store_true', help='no first pass in bfloat16')
     parser.add_argument('--obvious', action='store_true', help='time the obvious loop too')
     parser.add_argument('--only', choices=('search', 'assignment'))
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
+    if a.float32: retrieve.rounding_pays = lambda *_: False
     if a.only != 'assignment': search(a)
     if a.only != 'search': assignment(a)

@@ -6,8 +6,9 @@ import ranx
 import torch
 
 from newsrepro.core.base import InputError
+from newsrepro.ranking import retrieve
 from newsrepro.ranking.one_to_one import assign, dual_softmax, dual_softmax_top_k, dual_softmax_top_k_of, fuse
-from newsrepro.ranking.retrieve import from_keys, ranked_lists, to_keys, top_k
+from newsrepro.ranking.retrieve import as_unit_rows, from_keys, ranked_lists, to_keys, top_k
 
 
 def unit(n, dim, seed, centre=.3):
@@ -51,6 +52,68 @@ def test_near_duplicates_beyond_the_spare_places():
         assert np.abs(taken + np.sort(-dense, axis=1)[:, :20]).max() < 1e-14
         same = (c[places[:, :-1]] == c[places[:, 1:]]).all(2)
         assert same.any() and (np.diff(places, axis=1)[same] > 0).all()
+
+
+HARD = {  # rows, the first 60 of which ask for the others; whether all, some or none must be crowded
+    'random': (lambda x: x, 'none'),
+    'narrow': (lambda x: x + 5, 'none'),  # all cosines about .96
+    'sparse': (lambda x: np.where(np.abs(x) > 1.5, x, 0), 'none'),
+    'of any norm': (lambda x: x*10.**np.linspace(-30, 30, len(x))[:, None], 'none'),
+    'of any scale within a row': (lambda x: x*10.**np.linspace(-35, 0, x.shape[1]), 'some'),
+    'denormal': (lambda x: x*1e-40, 'some'),
+    'near duplicates': (lambda x: x[:1] + np.linspace(0, 1e-6, len(x))[:, None]*x, 'some'),
+    'near duplicates of a few': (lambda x: x[np.arange(len(x)) % 97] + 1e-7*x, 'some'),
+    'duplicates': (lambda x: x[np.arange(len(x)) % 97], 'some'),
+    'all equal': (lambda x: x[:1].repeat(len(x), 0), 'all'),
+    'signs': (lambda x: np.sign(x[:, :4]), 'some'),  # cosines are multiples of 1/2
+}
+
+
+def assert_dense_ranking(places, dense, c):
+    "At each place the value that belongs there, equal candidates in the order of the pool."
+    taken = np.take_along_axis(dense, places, 1)
+    assert np.abs(taken + np.sort(-dense, axis=1)[:, :places.shape[1]]).max() < 1e-14
+    assert (np.diff(np.sort(places, axis=1), axis=1) > 0).all()
+    same = (c[places[:, :-1]] == c[places[:, 1:]]).all(2)
+    assert (np.diff(places, axis=1)[same] > 0).all()
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    "Search with a first pass, however small the input; shares of crowded queries, one a search."
+    shares, search = [], retrieve.rounded_search
+
+    def counted(q, *rest):
+        found = search(q, *rest)
+        shares.append(1 - len(found[2])/len(q))
+        return found
+    monkeypatch.setattr(retrieve, 'rounding_pays', lambda *_: True)
+    monkeypatch.setattr(retrieve, 'rounded_search', counted)
+    return shares
+
+
+@pytest.mark.parametrize('kind', HARD)
+@pytest.mark.parametrize('k', [1, 20])
+def test_first_pass_loses_nobody(kind, k, crowded):
+    "Lists are those of the dense formula in float64, whatever the input; where many are near, all the same."
+    make, which = HARD[kind]
+    x = make(np.random.default_rng(0).normal(size=(960, 64))).astype(np.float32)
+    q, c = x[:60], x[60:]
+    unit_q, unit_c = as_unit_rows(q, 'q').numpy(), as_unit_rows(c, 'c').numpy()
+    cosines = unit_q.astype(float) @ unit_c.astype(float).T
+    assert_dense_ranking(top_k(q, c, k, query_block=31, candidate_block=256)[1], cosines, unit_c)
+    assert which == 'some' or crowded == [which == 'all']
+    for T in (.01, 1.):
+        places = dual_softmax_top_k(q, c, k, T, query_block=31, candidate_block=256)[1]
+        assert_dense_ranking(places, dual_softmax(cosines, T)*T/2, unit_c)
+
+
+def test_first_pass_of_whole_pools_and_of_many_dimensions(crowded):
+    q, c = unit(7, 3000, 0), unit(150, 3000, 1)
+    for k in (1, 100, 147, 150):
+        cosines = q.astype(float) @ c.astype(float).T
+        assert_dense_ranking(top_k(q, c, k, candidate_block=64)[1], cosines, c)
+    assert crowded == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize('temperature', [1e-5, .003, .006, .01, .05, 1, 50, 1e4])
