@@ -12,6 +12,7 @@ import copy, os, sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from ..core.base import InputError
 from ..core.threads import small_model, threads_for
 from ..data.pictures import open_image
 from .loader import Encoder
+from .pixels import framed, framing_of, normalised
 
 # %% ../../nbs/models/04a1_encoding.ipynb #lengths
 def is_causal(model: torch.nn.Module  # of open_clip
@@ -134,14 +136,15 @@ def numerics(encoder: Encoder,  # whose device and precision count
 # %% ../../nbs/models/04a1_encoding.ipynb #encode
 @torch.inference_mode()
 def encode_batch(encoder: Encoder,  # whose model is asked
-                 batch: torch.Tensor,  # (n, length) token ids or (n, 3, px, px) pixels
+                 batch: torch.Tensor,  # (n, length) token ids, (n, 3, px, px) pixels, or pixels of `decoded`
                  size: int  # rows the model is given, n or more
                 ) -> np.ndarray:  # (n, dim) float32, unit rows
     "Embeddings of one batch, padded to `size` rows for the model; raises `InputError` if not finite."
     lacking = size - len(batch)
     padded = torch.cat([batch, batch[-1:].expand(lacking, *batch.shape[1:])]) if lacking else batch
-    padded = padded.to(encoder.device)
-    with numerics(encoder, batch[:1]):
+    padded = padded.to(encoder.device, non_blocking=True)
+    if padded.dtype == torch.uint8: padded = normalised(padded, framing_of(encoder.transform))
+    with numerics(encoder, padded[:1]):
         model = encoder.model
         features = encode_cut(model, padded) if batch.ndim == 2 else model.encode_image(padded)
     rows = F.normalize(features[:len(batch)].float(), dim=-1).cpu().numpy()
@@ -225,15 +228,26 @@ def decoded(encoder: Encoder,  # whose preprocessing is used
             size: int,  # items a batch
             workers: int,  # threads that decode
             turned: bool = False  # as EXIF says, see `open_image`
-           ) -> Iterator[torch.Tensor]:  # (n, 3, px, px) pixels
+           ) -> Iterator[torch.Tensor]:  # (n, px, px, 3) uint8 where there is a framing, else (n, 3, px, px)
     "What the model sees, read ahead; raises `InputError` for a file that is no picture."
-    load = lambda path: encoder.transform(open_image(path, turned))
+    framing, px = framing_of(encoder.transform), encoder.backbone.px
+    see = partial(framed, framing=framing) if framing else encoder.transform
+    shape, dtype = ((px, px, 3), torch.uint8) if framing else ((3, px, px), torch.float32)
+    pinned = torch.device(encoder.device).type == 'cuda'
+
+    def load(row: np.ndarray, path: str): row[...] = see(open_image(path, turned))
+
     with ThreadPoolExecutor(workers) as pool:
         pending = []
-        for batch in batches(paths, size):
-            pending.append([pool.submit(load, path) for path in batch])
-            if len(pending) > 3: yield torch.stack([job.result() for job in pending.pop(0)])
-        for jobs in pending: yield torch.stack([job.result() for job in jobs])
+        for part in batches(paths, size):
+            batch = torch.empty(len(part), *shape, dtype=dtype, pin_memory=pinned)
+            pending.append((batch, [pool.submit(load, row, path) for row, path in zip(batch.numpy(), part)]))
+            if len(pending) > 3: yield _done(*pending.pop(0))
+        for batch, jobs in pending: yield _done(batch, jobs)
+
+def _done(batch: torch.Tensor, jobs: list) -> torch.Tensor:
+    for job in jobs: job.result()
+    return batch
 
 # %% ../../nbs/models/04a1_encoding.ipynb #encode-all
 def encode_pictures(encoder: Encoder,  # that is asked
