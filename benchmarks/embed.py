@@ -2,7 +2,7 @@
 
     python benchmarks/embed.py                    # RN50, ViT-B/32 and a CNN of timm
     python benchmarks/embed.py --only ViT-B/32 --images 32 --json embed.json
-    python benchmarks/embed.py --pixels 224 --pictures FOLDER --images 500   # preprocessing alone, on one core
+    python benchmarks/embed.py --pixels 224 --pictures FOLDER --images 500   # one core's preprocessing
 """
 import argparse
 import json
@@ -25,7 +25,7 @@ from newsrepro.data.pictures import PICTURE_SUFFIXES, open_image
 from newsrepro.models.encoding import encode, encode_pictures, largest_tensor, rows_at_once
 from newsrepro.models.foreign import FeatureEncoder, ImageTower
 from newsrepro.models.loader import Encoder, build_model
-from newsrepro.models.pixels import framed, framing_of, normalised
+from newsrepro.models.pixels import compiles, framed, framing_of, normalised
 
 CNN = 'tf_efficientnet_lite2'
 NAMES = ('RN50', 'ViT-B/32', CNN)
@@ -102,11 +102,16 @@ def preprocessing(paths: list[str], px: int, repetitions: int) -> dict:
     torch.set_num_threads(1)
     transform = image_transform_v2(PreprocessCfg(size=px), is_train=False)
     framing = framing_of(transform)
-    seen = lambda path: torch.tensor(framed(open_image(path), framing))
+
+    def ours(compiled: bool) -> dict:
+        seen = lambda path: torch.tensor(framed(open_image(path), framing, compiled))
+        numbers = lambda path: normalised(seen(path)[None], framing)[0]
+        name = 'ours, by numba' if compiled else 'ours'
+        return {f'{name}, bytes': seen, f'{name}, numbers': numbers}
+
     ways = {'decoding alone': lambda path: Image.open(path).load(),
-            'open_clip': lambda path: transform(Image.open(path)),
-            'ours, bytes for a GPU': seen,
-            'ours, numbers': lambda path: normalised(seen(path)[None], framing)[0]}
+            'open_clip': lambda path: transform(Image.open(path)), **ours(False)}
+    if compiles(framing): ways |= ours(True)
     took = {way: [] for way in ways}
     same = 0
     for repetition in range(repetitions + 1):
@@ -116,7 +121,7 @@ def preprocessing(paths: list[str], px: int, repetitions: int) -> dict:
                 start = time.thread_time()
                 found[way] = ways[way](path)
                 if repetition: took[way].append(time.thread_time() - start)  # the first one warms up
-            same += torch.equal(found['open_clip'], found['ours, numbers'])
+            same += all(torch.equal(found['open_clip'], found[way]) for way in ways if 'numbers' in way)
     rates = {way: 1/float(np.median(times)) for way, times in took.items()}
     return dict(px=px, images=len(paths), rates=rates, same=same/len(paths)/(repetitions + 1),
                 ratios={way: rate/rates['open_clip'] for way, rate in rates.items()})
@@ -136,7 +141,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=64)
     parser.add_argument('--repetitions', type=int, default=3)
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--pixels', type=int, help='measure the preprocessing alone, for squares of this side')
+    parser.add_argument('--pixels', type=int, help='side of squares; measures preprocessing alone')
     parser.add_argument('--pictures', type=Path, help='folder of pictures to take instead of noise')
     parser.add_argument('--json', type=Path, help='file for the figures')
     args = parser.parse_args()
@@ -144,7 +149,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         paths = pictures_of(args.pictures, args.images) if args.pictures else some_pictures(
             Path(folder), args.images)
-        if args.pixels: return show_preprocessing(preprocessing(paths, args.pixels, args.repetitions), args.json)
+        if args.pixels:
+            return show_preprocessing(preprocessing(paths, args.pixels, args.repetitions), args.json)
         print('| encoder | rows | best bare pass | encode, pixels ready | encode, from files | shares |')
         print('|---|---|---|---|---|---|')
         for name in [args.only] if args.only else NAMES:

@@ -19,7 +19,7 @@ from newsrepro.data.pictures import open_image
 from newsrepro.models.encoding import encode, encode_tokens, rows_at_once
 from newsrepro.models.foreign import ImageTower, load_image_encoder
 from newsrepro.models.loader import build_model, load_encoder
-from newsrepro.models.pixels import framed, framing_of, normalised
+from newsrepro.models.pixels import compiles, framed, framing_of, normalised
 from newsrepro.models.store import EmbeddingStore, embed
 from newsrepro.models.weights import JIT_EXTRAS
 from newsrepro.ranking.metrics import rank_of_truth
@@ -174,8 +174,9 @@ def test_pixels_are_those_of_open_clip_to_the_bit(kernel, shorter):
              (1, 1), (2, 1), (1, 2), (900, 5), (5, 900), (224, 224), (225, 224), (224, 225), (448, 224)]
     for wide, high in sizes:
         picture = Image.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8))
-        ours = normalised(torch.tensor(framed(picture, framing)[None]), framing)[0]
-        assert torch.equal(ours, transform(picture)), (wide, high)
+        for compiled in (False, compiles(framing)):
+            ours = normalised(torch.tensor(framed(picture, framing, compiled)[None]), framing)[0]
+            assert torch.equal(ours, transform(picture)), (wide, high, compiled)
 
 
 def test_pixels_of_every_mode_and_tall_pictures_turned(tmp_path):
