@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from types import MappingProxyType
 
 import numpy as np
+import pyarrow as pa
 import torch
 from open_clip.transform import MaybeConvertMode
 from PIL import Image
@@ -89,16 +90,16 @@ def _weights(length, to, start, count, reach):
 
 # %% ../../nbs/models/04a0a_pixels.ipynb #passes
 def _across(source, first, weights):
-    "Bytes of (h, 3w), red, green and blue by turns, summed along the rows."
+    "Bytes of (h, 4w), of which each fourth is none, to (h, 3 times places): summed along the rows."
     found = np.empty((len(source), 3*len(first)), np.uint8)
     for y in range(len(source)):
         for j in range(len(first)):
-            pixels, shares = source[y, 3*first[j]:], weights[j]
+            pixels, shares = source[y, 4*first[j]:], weights[j]
             red = green = blue = np.int32(1 << 21)  # a half, as what follows rounds down
             for k in range(len(shares)):
-                red = np.int32(red + shares[k]*np.int32(pixels[3*k]))
-                green = np.int32(green + shares[k]*np.int32(pixels[3*k + 1]))
-                blue = np.int32(blue + shares[k]*np.int32(pixels[3*k + 2]))
+                red = np.int32(red + shares[k]*np.int32(pixels[4*k]))
+                green = np.int32(green + shares[k]*np.int32(pixels[4*k + 1]))
+                blue = np.int32(blue + shares[k]*np.int32(pixels[4*k + 2]))
             found[y, 3*j] = min(max(red >> 22, 0), 255)
             found[y, 3*j + 1] = min(max(green >> 22, 0), 255)
             found[y, 3*j + 2] = min(max(blue >> 22, 0), 255)
@@ -127,8 +128,14 @@ def _square(picture: Image.Image, to: tuple[int, int], corner: tuple[int, int], 
     weights, across, down = _compiled()
     columns, rows = (weights(length, new, start, framing.side, REACH[framing.kernel])
                      for length, new, start in zip(picture.size, to, corner))
-    source = np.asarray(picture).reshape(picture.height, -1)
-    return down(across(source, *columns), *rows).reshape(framing.side, framing.side, 3)
+    return down(across(_in_place(picture), *columns), *rows).reshape(framing.side, framing.side, 3)
+
+def _in_place(picture: Image.Image) -> np.ndarray:
+    "Rows of bytes, four a pixel as Pillow keeps them; a copy where they lie in several blocks."
+    picture.load()
+    try: pixels = pa.array(picture).flatten().to_numpy()
+    except ValueError: pixels = np.asarray(picture.convert('RGBX'))
+    return pixels.reshape(picture.height, -1)
 
 # %% ../../nbs/models/04a0a_pixels.ipynb #framed
 def framed(picture: Image.Image,  # RGB
