@@ -2,6 +2,7 @@
 
     python benchmarks/embed.py                    # RN50, ViT-B/32 and a CNN of timm
     python benchmarks/embed.py --only ViT-B/32 --images 32 --json embed.json
+    python benchmarks/embed.py --pixels 224 --pictures FOLDER --images 500   # one core's preprocessing
 """
 import argparse
 import json
@@ -17,10 +18,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from open_clip.transform import PreprocessCfg, image_transform_v2
+
 from newsrepro.core.checkpoints import Backbone, find_backbone
+from newsrepro.data.pictures import PICTURE_SUFFIXES, open_image
 from newsrepro.models.encoding import encode, encode_pictures, largest_tensor, rows_at_once
 from newsrepro.models.foreign import FeatureEncoder, ImageTower
 from newsrepro.models.loader import Encoder, build_model
+from newsrepro.models.pixels import compiles, framed, framing_of, normalised
 
 CNN = 'tf_efficientnet_lite2'
 NAMES = ('RN50', 'ViT-B/32', CNN)
@@ -49,6 +54,12 @@ def some_pictures(folder: Path, n: int) -> list[str]:
         coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         coarse.resize((400, 300)).save(folder/f'{i}.jpg')
     return [str(folder/f'{i}.jpg') for i in range(n)]
+
+
+def pictures_of(folder: Path, n: int) -> list[str]:
+    "Drawn from the folder and those below it."
+    found = sorted(str(path) for path in folder.rglob('*') if path.suffix.lower() in PICTURE_SUFFIXES)
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:n]]
 
 
 def seconds(work, device: str) -> float:
@@ -86,6 +97,43 @@ def measure(name: str, paths: list[str], repetitions: int, device: str) -> dict:
                 ratio_pixels=rates['encode, pixels ready']/top, ratio_files=rates['encode, from files']/top)
 
 
+def preprocessing(paths: list[str], px: int, repetitions: int) -> dict:
+    "Images a second of one core's time, the median image of each way; the ways take turns at each file."
+    torch.set_num_threads(1)
+    transform = image_transform_v2(PreprocessCfg(size=px), is_train=False)
+    framing = framing_of(transform)
+
+    def ours(compiled: bool) -> dict:
+        seen = lambda path: torch.tensor(framed(open_image(path), framing, compiled))
+        numbers = lambda path: normalised(seen(path)[None], framing)[0]
+        name = 'ours, by numba' if compiled else 'ours'
+        return {f'{name}, bytes': seen, f'{name}, numbers': numbers}
+
+    ways = {'decoding alone': lambda path: Image.open(path).load(),
+            'open_clip': lambda path: transform(Image.open(path)), **ours(False)}
+    if compiles(framing): ways |= ours(True)
+    took = {way: [] for way in ways}
+    same = 0
+    for repetition in range(repetitions + 1):
+        for path in paths:
+            found = {}
+            for way in ways if repetition % 2 else reversed(ways):
+                start = time.thread_time()
+                found[way] = ways[way](path)
+                if repetition: took[way].append(time.thread_time() - start)  # the first one warms up
+            same += all(torch.equal(found['open_clip'], found[way]) for way in ways if 'numbers' in way)
+    rates = {way: 1/float(np.median(times)) for way, times in took.items()}
+    return dict(px=px, images=len(paths), rates=rates, same=same/len(paths)/(repetitions + 1),
+                ratios={way: rate/rates['open_clip'] for way, rate in rates.items()})
+
+
+def show_preprocessing(row: dict, file: Path | None) -> None:
+    print('| way | images/s a core | of open_clip |\n|---|---|---|')
+    for way, rate in row['rates'].items(): print(f"| {way} | {rate:.0f} | {row['ratios'][way]:.2f} |")
+    print(f"numbers equal to the last bit: {row['same']:.1%} of {row['images']} pictures")
+    if file: file.write_text(json.dumps(row, indent=1) + '\n')
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -93,11 +141,16 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=64)
     parser.add_argument('--repetitions', type=int, default=3)
     parser.add_argument('--device', default='cpu')
+    parser.add_argument('--pixels', type=int, help='side of squares; measures preprocessing alone')
+    parser.add_argument('--pictures', type=Path, help='folder of pictures to take instead of noise')
     parser.add_argument('--json', type=Path, help='file for the figures')
     args = parser.parse_args()
     found = []
     with TemporaryDirectory() as folder:
-        paths = some_pictures(Path(folder), args.images)
+        paths = pictures_of(args.pictures, args.images) if args.pictures else some_pictures(
+            Path(folder), args.images)
+        if args.pixels:
+            return show_preprocessing(preprocessing(paths, args.pixels, args.repetitions), args.json)
         print('| encoder | rows | best bare pass | encode, pixels ready | encode, from files | shares |')
         print('|---|---|---|---|---|---|')
         for name in [args.only] if args.only else NAMES:

@@ -8,15 +8,18 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
 from newsrepro.core.base import InputError
 from newsrepro.core.checkpoints import MINI_BACKBONES, PAPER_BACKBONES, MissingCheckpoint, find_backbone
 from newsrepro.data.layouts import read_collection
+from newsrepro.data.pictures import open_image
 from newsrepro.models.encoding import encode, encode_tokens, rows_at_once
 from newsrepro.models.foreign import ImageTower, load_image_encoder
 from newsrepro.models.loader import build_model, load_encoder
+from newsrepro.models.pixels import compiles, framed, framing_of, normalised
 from newsrepro.models.store import EmbeddingStore, embed
 from newsrepro.models.weights import JIT_EXTRAS
 from newsrepro.ranking.metrics import rank_of_truth
@@ -156,11 +159,43 @@ def test_vit_b_32_equals_transformers(tmp_path, pictures):
     missing = other.load_state_dict(as_transformers(model.state_dict(), 12), strict=False)
     assert not missing.unexpected_keys and all('position_ids' in key for key in missing.missing_keys)
     encoder = load_encoder(backbone, tmp_path)
-    from newsrepro.data.pictures import open_image
     pixels = torch.stack([encoder.transform(open_image(path)) for path in pictures])
     with torch.inference_mode():
         both = other(input_ids=encoder.tokenize(TEXTS), pixel_values=pixels)
     agree(encoder, pictures, both.image_embeds.numpy(), both.text_embeds.numpy())
+
+
+@pytest.mark.parametrize('kernel, shorter', [('bicubic', 224), ('bilinear', 64)])
+def test_pixels_are_those_of_open_clip_to_the_bit(kernel, shorter):
+    "Noise, of random sizes and of all that a picture's shape can do, against open_clip's own transform."
+    transform = image_transform_v2(PreprocessCfg(size=shorter, interpolation=kernel), is_train=False)
+    framing, draw = framing_of(transform), np.random.default_rng(shorter)
+    sizes = [*draw.integers(1, 700, (30, 2)), *draw.integers(200, 270, (30, 2)), (460, 259), (259, 460),
+             (1, 1), (2, 1), (1, 2), (900, 5), (5, 900), (224, 224), (225, 224), (224, 225), (448, 224)]
+    for wide, high in sizes:
+        picture = Image.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8))
+        for compiled in (False, compiles(framing)):
+            ours = normalised(torch.tensor(framed(picture, framing, compiled)[None]), framing)[0]
+            assert torch.equal(ours, transform(picture)), (wide, high, compiled)
+
+
+def test_pixels_of_every_mode_and_tall_pictures_turned(tmp_path):
+    "What `open_image` makes of a file is seen as open_clip would see it."
+    transform = image_transform_v2(PreprocessCfg(size=64), is_train=False)
+    noise = np.random.default_rng(0).integers(0, 256, (70, 111, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    files = {f'{mode}.{kind}': Image.fromarray(noise).convert(mode) for mode, kind in
+             (('RGB', 'jpg'), ('L', 'jpg'), ('CMYK', 'jpg'), ('RGBA', 'png'), ('LA', 'png'), ('P', 'png'),
+              ('1', 'png'), ('RGB', 'webp'))}
+    files['16.png'] = Image.fromarray(noise[..., 0].astype(np.uint16)*255)
+    for name, picture in files.items():
+        picture.save(tmp_path/name, **(dict(exif=exif) if name == 'RGB.jpg' else {}))
+        for turned in (False, True):
+            seen = open_image(tmp_path/name, turned)
+            assert seen.mode == 'RGB' and (seen.height > seen.width) == (turned and name == 'RGB.jpg')
+            ours = normalised(torch.tensor(framed(seen, framing_of(transform))[None]), framing_of(transform))
+            assert torch.equal(ours[0], transform(seen)), name
 
 
 def test_the_plain_name_would_have_been_wrong(tmp_path, pictures):

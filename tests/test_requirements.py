@@ -74,16 +74,17 @@ def needed() -> dict[str, set[str]]:
     notebooks = sorted((ROOT/'nbs').rglob('*.ipynb'))
     run = needs([*(ROOT/'newsrepro').rglob('*.py'),
                  *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
-    features = {'sentence-transformers'}  # `embed` asks whether it is there before it imports it
+    extras = dict(features={'sentence-transformers'}, fast={'numba'})  # imported where they are there
+    optional = set().union(*extras.values())
     develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
                      *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
     docs = needs((ROOT/'docs').glob('*.py')) | BEHIND_DOCS.keys()
     beside = {'clip-benchmark'}  # nothing but `benchmarks/growth.py` runs it, and only where it is there
-    return dict(run=run - features, dev=develop - run - features - beside, features=features & run,
-                docs=docs - run, benchmarks=beside & develop)
+    return dict(run=run - optional, dev=develop - run - optional - beside, docs=docs - run,
+                benchmarks=beside & develop, **{extra: names & run for extra, names in extras.items()})
 
 
-@pytest.mark.parametrize('group', ['run', 'dev', 'features', 'docs', 'benchmarks'])
+@pytest.mark.parametrize('group', ['run', 'dev', 'docs', 'benchmarks', 'features', 'fast'])
 def test_requirements_are_what_is_imported(group):
     "Nothing is missing for a stranger, and nothing is asked for in vain."
     assert sorted(required()[group]) == sorted(needed()[group])

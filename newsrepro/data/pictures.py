@@ -93,6 +93,9 @@ def _rgb(
     image: Image.Image # of any mode
 ) -> Image.Image: # RGB
     "Upper 8 of 16 bits; on white where transparent."
+    if image.format == 'JPEG' and image.mode == 'RGB':
+        image.load() # `convert` would copy what is RGB already
+        return image
     if image.mode.startswith('I'):
         image = Image.fromarray((np.clip(np.asarray(image), 0, 2**16 - 1) // 2**8).astype('uint8'))
     if not image.has_transparency_data: return image.convert('RGB')
