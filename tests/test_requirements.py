@@ -74,14 +74,17 @@ def needed() -> dict[str, set[str]]:
     notebooks = sorted((ROOT/'nbs').rglob('*.ipynb'))
     run = needs([*(ROOT/'newsrepro').rglob('*.py'),
                  *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
-    features = {'sentence-transformers'}  # `embed` asks whether it is there before it imports it
+    # what asks whether it is there before it imports it
+    extras = dict(features={'sentence-transformers'}, ray={'ray'})
     develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
                      *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
     docs = needs((ROOT/'docs').glob('*.py')) | BEHIND_DOCS.keys()
-    return dict(run=run - features, dev=develop - run - features, features=features & run, docs=docs - run)
+    optional = set().union(*extras.values())
+    return dict(run=run - optional, dev=develop - run - optional, docs=docs - run,
+                **{extra: names & run for extra, names in extras.items()})
 
 
-@pytest.mark.parametrize('group', ['run', 'dev', 'features', 'docs'])
+@pytest.mark.parametrize('group', ['run', 'dev', 'features', 'ray', 'docs'])
 def test_requirements_are_what_is_imported(group):
     "Nothing is missing for a stranger, and nothing is asked for in vain."
     assert sorted(required()[group]) == sorted(needed()[group])
