@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 
@@ -160,6 +162,10 @@ def test_a_damaged_shard_is_made_again(damage, sources, pool, tmp_path):
     assert contents_of(out) == contents_of(pool[0])
 
 
+def saved_portions(out):
+    return [path for path in out.glob('work/*/*/image/*.safetensors') if path.name[0] != '.']
+
+
 def test_killed_and_run_again(sources, pool, tmp_path):
     "A job is killed as soon as it has saved a portion; the next one goes on, to the same files."
     out = tmp_path/'pool'
@@ -167,30 +173,56 @@ def test_killed_and_run_again(sources, pool, tmp_path):
              '--shards', 2, '--portion', 1]
     command = [sys.executable, '-c', 'from newsrepro.cli import main; main()', *map(str, given)]
     job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    saved = lambda: [path for path in out.glob('work/*/*/image/*.safetensors') if path.name[0] != '.']
     ends = time.monotonic() + 120
-    while not saved() and time.monotonic() < ends and job.poll() is None: time.sleep(.002)
+    while not saved_portions(out) and time.monotonic() < ends and job.poll() is None: time.sleep(.002)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    assert saved() and not shard_path(out, 1, 2).is_file()
+    assert saved_portions(out) and not shard_path(out, 1, 2).is_file()
     facts = embed(sources/'folder', out, **QUICK)
     assert facts['missing'] == [] and not [path for path in (out/'work').iterdir() if path.is_dir()]
     assert contents_of(out) == contents_of(pool[0])
 
 
-@pytest.mark.skipif(LACKS_RAY, reason='Ray is not installed: pip install "newsrepro[ray]"')
-def test_two_workers_of_ray(sources, pool, tmp_path):
-    "Folder and tar files by two processes of Ray: the files of the local run."
-    import ray
+@pytest.fixture
+def ray(monkeypatch):
+    "Ray with two processors, for as long as a test."
+    for name, value in dict(RAY_AUTH_MODE='disabled', RAY_USAGE_STATS_ENABLED='0').items():
+        monkeypatch.setenv(name, value)  # nothing is written to the home, nobody is told
+    ray = pytest.importorskip('ray', reason='Ray is not installed: pip install "newsrepro[ray]"')
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        facts = embed(sources/'folder', tmp_path/'pool', engine='ray', workers=2, **QUICK)
-        tars = embed(sources/'tars', tmp_path/'tars', engine='ray', workers=2, **QUICK)
-    finally: ray.shutdown()
+    yield ray
+    ray.shutdown()
+
+
+def kill_a_worker(out, killed):
+    "Kill one of Ray's two processes as soon as it has saved something."
+    ends = time.monotonic() + 300
+    while not saved_portions(out) and time.monotonic() < ends: time.sleep(.002)
+    words = lambda process: ' '.join(process.info['cmdline'] or ())
+    killed += [one for one in psutil.process_iter(['cmdline']) if 'ShardWorker' in words(one)][:1]
+    for one in killed: one.kill()
+
+
+def test_two_workers_of_ray(sources, pool, ray, tmp_path):
+    "Folder and tar files by two processes, one of them killed in the middle: the files of the local run."
+    killed = []
+    killer = threading.Thread(target=kill_a_worker, args=[tmp_path/'pool', killed])
+    killer.start()
+    facts = embed(sources/'folder', tmp_path/'pool', engine='ray', workers=2, **QUICK | dict(portion=1))
+    killer.join()
+    assert len(killed) == 1
     assert (facts['pictures'], facts['made']) == (40, [0, 1])
     assert contents_of(tmp_path/'pool') == contents_of(pool[0])
+    tars = embed(sources/'tars', tmp_path/'tars', engine='ray', workers=2, **QUICK)
     embed(sources/'tars', tmp_path/'local', **QUICK)
     assert contents_of(tmp_path/'tars') == contents_of(tmp_path/'local') and tars['pictures'] == 40
+
+
+def test_what_a_worker_of_ray_refuses_is_one_line(sources, ray, tmp_path):
+    raw = (sources/'tars'/'0.tar').read_bytes()
+    (tmp_path/'cut.tar').write_bytes(raw[:len(raw)//2 + 100])
+    with pytest.raises(InputError, match='cut.tar: a damaged tar'):
+        embed(tmp_path/'cut.tar', tmp_path/'pool', engine='ray', **QUICK | dict(shards=1))
 
 
 @pytest.mark.skipif(not LACKS_RAY, reason='Ray is installed')
