@@ -92,6 +92,7 @@ def check_shards(
     if shard is not None and not 0 <= shard < shards:
         raise InputError(f'--shard {shard}: 0 to {shards - 1}, as there are {shards}')
 
+# %% ../nbs/42_embed.ipynb #files-of-one-shard
 def files_of_shard(
     source: Source,  # that is divided
     shard: int,  # from 0
@@ -173,6 +174,7 @@ def _laid(path: Path, image_id: str, content: bytes | str) -> Picture:
     path.write_bytes(content)
     return Picture(readable_name(image_id), str(path))
 
+# %% ../nbs/42_embed.ipynb #unpacked
 def unpacked(
     pictures: Iterable[tuple[str, bytes | str]],  # id; content, or why there is none
     size: int,  # pictures a portion
@@ -186,6 +188,7 @@ def unpacked(
             if not portion: return
             yield portion
 
+# %% ../nbs/42_embed.ipynb #portions-of-shard
 def portions(
     source: Source,  # of the pool
     files: Sequence[str],  # of the shard
@@ -209,6 +212,7 @@ def why_unusable(
     if _UNFIT.search(picture.image_id): return 'a name that no run file can hold; rename it'
     return inspect_picture(picture.path)[2]
 
+# %% ../nbs/42_embed.ipynb #inspected-portion
 def inspected(
     portion: Sequence[Picture],  # of a shard
     taken: set[str],  # ids of earlier ones; those that can be encoded are added
@@ -234,6 +238,7 @@ def shard_path(
     "Where a shard is written; a JSON file of the same name says what is in it."
     return out/f'shard-{shard:05}-of-{shards:05}.safetensors'
 
+# %% ../nbs/42_embed.ipynb #write-shard-vectors
 def write_vectors(
     path: Path,  # of `shard_path`
     ids: Sequence[str],  # distinct
@@ -297,6 +302,7 @@ class Collected(NamedTuple):
     keys: list[bytes]  # of their contents
     left_out: list[dict]  # name and reason
 
+# %% ../nbs/42_embed.ipynb #collect-shard
 def collect(
     encoder: Encoder,  # asked for what is not known
     stream: Iterable[Sequence[Picture]],  # of `portions`
@@ -388,8 +394,6 @@ def claim(
     write_json(out/'pool.json', dict(made_by=MADE_BY) | asked)
 
 # %% ../nbs/42_embed.ipynb #request
-ENGINES = ('local', 'ray')
-
 @dataclass(frozen=True)
 class Request:
     "What to embed and how, checked."
@@ -428,6 +432,7 @@ class ShardWorker:
         except InputError as error: said = dict(refused=str(error))
         return dict(said=json.dumps(said))
 
+# %% ../nbs/42_embed.ipynb #by-ray-data
 def by_ray(
     request: Request,  # what is asked
     wanted: Sequence[int],  # shards
@@ -448,6 +453,8 @@ def by_ray(
     return said
 
 # %% ../nbs/42_embed.ipynb #embed
+ENGINES = ('local', 'ray')
+
 def check_request(
     images: str | Path, out: str | Path, backbone: str, profile: str, weights: str | Path,  # as `embed`
     device: str, shards: int, dtype: str, portion: int, engine: str, workers: int,  # as `embed`
@@ -523,6 +530,7 @@ def pool_files(
             raise InputError(f'{pool}: shard {count} is not finished; make it with --shard {shard}')
     return paths
 
+# %% ../nbs/42_embed.ipynb #pool-blocks
 def blocks(
     path: Path,  # of a shard
     rows: int = 2**18,  # a block
@@ -549,6 +557,7 @@ def names_of(
         found[here] = np.array(read_ids(path), object)[place[here]]
     return found
 
+# %% ../nbs/42_embed.ipynb #search-pool
 def search_pool(
     queries: np.ndarray,  # (n, dim), of the pool's encoder; all of them under dual softmax
     files: Sequence[Path],  # shards of one pool, as `pool_files` gives them

@@ -99,6 +99,7 @@ def merge(
     if found is None: raise InputError('no parts to merge; a pool has one at least')
     return found
 
+# %% ../../nbs/ranking/05c_shards.ipynb #log-dual-softmax
 def log_dual_softmax(
     found: Nearest,  # of a whole pool, by dual softmax
     temperature: float,  # of the search
