@@ -186,8 +186,9 @@ def test_killed_and_run_again(sources, pool, tmp_path):
 @pytest.fixture
 def ray(monkeypatch):
     "Ray with two processors, for as long as a test."
-    for name, value in dict(RAY_AUTH_MODE='disabled', RAY_USAGE_STATS_ENABLED='0').items():
-        monkeypatch.setenv(name, value)  # nothing is written to the home, nobody is told
+    # nothing is written to the home, nobody is told, and processes get their turn on a busy machine
+    variables = dict(RAY_AUTH_MODE='disabled', RAY_USAGE_STATS_ENABLED='0', RAY_worker_niceness='0')
+    for name, value in variables.items(): monkeypatch.setenv(name, value)
     ray = pytest.importorskip('ray', reason='Ray is not installed: pip install "newsrepro[ray]"')
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
