@@ -9,11 +9,12 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'Deadline', 'MaxWait', 'MaxBytes', 'MaxPixels', 'UserAgent', 'AllowPrivate', 'Truth', 'Pool', 'Short',
            'Evaluated', 'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut', 'Method',
            'Backbones', 'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart', 'Unique',
-           'Submission', 'HTML', 'Plan', 'Finished', 'Moved', 'GalleryOut', 'Listed', 'GalleryPlan', 'fail', 'run',
-           'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro', 'reproduce', 'print_verified',
-           'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data', 'fetch_progress', 'shared_lines',
+           'Submission', 'HTML', 'Plan', 'Finished', 'Moved', 'GalleryOut', 'Listed', 'GalleryPlan', 'Pictures',
+           'PoolOut', 'OneBackbone', 'Shards', 'Shard', 'Dtype', 'Portion', 'Engine', 'Workers', 'fail', 'run', 'main',
+           'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro', 'reproduce', 'print_verified', 'verify',
+           'print_notebook', 'list_notebooks', 'count_rows', 'check_data', 'fetch_progress', 'shared_lines',
            'print_fetched', 'fetch_images', 'measured_table', 'evaluate', 'compared_lines', 'compare', 'fuse',
-           'rematch_lines', 'print_rematched', 'rematch', 'print_gallery', 'gallery']
+           'rematch_lines', 'print_rematched', 'rematch', 'print_gallery', 'gallery', 'embedded_lines', 'embed']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -617,3 +618,52 @@ def gallery(
     from newsrepro.gallery import gallery
     found = gallery(report, data or (), out, top, dry_run)
     print_json(found) if as_json else print_gallery(found, dry_run)
+
+# %% ../nbs/30_cli.ipynb #print-embedded
+def embedded_lines(
+    found: Mapping,  # of `newsrepro.embedding.embed`
+    most: int = 10,  # of what was left out that are named
+) -> Iterator[str]:
+    "What was encoded, what was left out, and which shards are still to be made."
+    left = found['left_out']
+    size = f"{found['bytes']/1e6:.1f} MB in {found['dtype']}"
+    counts = f"{found['pictures']} pictures, {len(left)} left out; {size}"
+    yield f"{len(found['made'])} of {found['shards']} shards: {counts}"
+    for one in left[:most]: yield f"- {one['name']}: {one['reason']}"
+    if len(left) > most: yield f"- and {len(left) - most} more, listed in the JSON files of their shards"
+    if found['missing']: yield f"still to be made: {', '.join(map(str, found['missing']))}"
+    if found['mini']: yield found['mini']
+    yield f"{found['model']}; written to {found['out']}"
+
+# %% ../nbs/30_cli.ipynb #embed-options
+Pictures = Annotated[Path, typer.Argument(
+    metavar='IMAGES', help='A folder of pictures at any depth, a folder of tar files (webdataset) or of '
+    'Parquet files, or one such file. Pictures are turned upright as their camera says.')]
+PoolOut = Annotated[Path, _option('Where vectors go, a file a shard; nothing that embed did not write is '
+                                  'replaced.', metavar='DIR')]
+OneBackbone = Annotated[str, _option('A name of the registry, or architecture:tag of open_clip.',
+                                     metavar='NAME')]
+Shards = Annotated[int, _option('Into how many the pool is divided.', metavar='N')]
+Shard = Annotated[int | None, _option('Make this one only, from 0: one job of many.', metavar='I',
+                                      show_default='all')]
+Dtype = Annotated[str, _option('Of the vectors on disk: fp32, or fp16 for half the bytes.')]
+Portion = Annotated[int, _option('Pictures between two saves, which a killed job loses at most.',
+                                 metavar='N')]
+Engine = Annotated[str, _option('local, or ray for processes of Ray, here or on the cluster of RAY_ADDRESS.')]
+Workers = Annotated[int, _option('Processes of Ray.', metavar='N')]
+
+# %% ../nbs/30_cli.ipynb #embed-command
+@app.command()
+def embed(
+    images: Pictures, out: PoolOut, backbone: OneBackbone = 'ViT-L/14', profile: Profile = 'mini',
+    weights: Weights = '', device: Device = 'auto', shards: Shards = 1, shard: Shard = None,
+    dtype: Dtype = 'fp32', portion: Portion = 2048, engine: Engine = 'local', workers: Workers = 1,
+    as_json: JSON = False,
+) -> None:
+    """Encode a pool of pictures, shard by shard; a killed job goes on where it was.
+
+    What is finished is left alone, and where pictures were added only those are encoded."""
+    given = {name: value for name, value in locals().items() if name != 'as_json'}
+    from newsrepro.embedding import embed
+    found = embed(**given)
+    print_json(found) if as_json else print_lines(embedded_lines(found), console())

@@ -38,11 +38,11 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize('command', ['--help', 'list', 'evaluate', 'check-data', 'fetch-images', 'fuse',
-                                     'rematch', 'gallery'])
+                                     'rematch', 'gallery', 'embed'])
 def test_starts_without_heavy_imports(command, files):
     given = {'evaluate': [files/'run.tsv', files/'plain'], 'check-data': [files/'plain'],
              'fetch-images': [files/'plain'], 'fuse': ['--help'], 'rematch': ['--help'],
-             'gallery': ['--help']}
+             'gallery': ['--help'], 'embed': ['--help']}
     code = ('import sys\nfrom newsrepro.cli import run\n'
             'assert run(sys.argv[1:]) == 0\n'
             f'print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)')

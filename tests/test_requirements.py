@@ -74,7 +74,8 @@ def needed() -> dict[str, set[str]]:
     notebooks = sorted((ROOT/'nbs').rglob('*.ipynb'))
     run = needs([*(ROOT/'newsrepro').rglob('*.py'),
                  *(path for path in notebooks if path.stem in METHODS)]) | BEHIND.keys()
-    extras = dict(features={'sentence-transformers'}, fast={'numba'})  # imported where they are there
+    # imported where they are there
+    extras = dict(features={'sentence-transformers'}, fast={'numba'}, ray={'ray'})
     optional = set().union(*extras.values())
     develop = needs([*notebooks, *(ROOT/'tests').glob('*.py'), *(ROOT/'benchmarks').glob('*.py'),
                      *(ROOT/'.ci').glob('*.py')]) | BEHIND_TESTS.keys()
@@ -84,7 +85,7 @@ def needed() -> dict[str, set[str]]:
                 benchmarks=beside & develop, **{extra: names & run for extra, names in extras.items()})
 
 
-@pytest.mark.parametrize('group', ['run', 'dev', 'docs', 'benchmarks', 'features', 'fast'])
+@pytest.mark.parametrize('group', ['run', 'dev', 'docs', 'benchmarks', 'features', 'fast', 'ray'])
 def test_requirements_are_what_is_imported(group):
     "Nothing is missing for a stranger, and nothing is asked for in vain."
     assert sorted(required()[group]) == sorted(needed()[group])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SUFFIXES', 'MAX_PIXELS', 'MAX_BYTES', 'SHORTER_SIDE', 'MAX_LONGER_SIDE', 'ExtremeShape', 'decode_whole',
-           'open_image', 'is_rotated', 'suffix_of', 'is_for_pictures', 'picture_folder', 'stem', 'picture_index',
-           'case_blind', 'inspect_images', 'left_out', 'say_left_out']
+           'inspect_picture', 'open_image', 'is_rotated', 'suffix_of', 'is_for_pictures', 'picture_folder', 'stem',
+           'picture_index', 'case_blind', 'inspect_images', 'left_out', 'say_left_out']
 
 # %% ../../nbs/data/01a_pictures.ipynb #imports
 import hashlib, io, os, re, warnings
@@ -72,7 +72,7 @@ def _why(
     return re.sub(r'\s*\(.*?\)|0x\w+', '', str(error)).strip() or type(error).__name__
 
 # %% ../../nbs/data/01a_pictures.ipynb #inspect-picture
-def _inspect(
+def inspect_picture(
     path: str # existing path
 ) -> tuple[str, str, str]: # 'ok', 'broken', 'oversized' or 'extreme'; SHA-256 of the file; why it is not ok
     "Decode a picture to its end and say what became of it."
@@ -106,7 +106,7 @@ def open_image(
     path: str|Path, # image file
     turned: bool = False # as its EXIF orientation says; open_clip's preprocessing does not
 ) -> Image.Image: # RGB
-    "Decode a picture. Raises `InputError` where `_inspect` would not call it ok."
+    "Decode a picture. Raises `InputError` where `inspect_picture` would not call it ok."
     try:
         image = _open(path, MAX_PIXELS)
         return _rgb(ImageOps.exif_transpose(image) if turned else image)
@@ -256,7 +256,7 @@ def inspect_images(
     given = images.file.where(images.file != '', images.image_id)
     found = list(map(_locate, images.folder, names, given))
     paths = list(dict.fromkeys(p for p, _ in found if p))
-    with ThreadPoolExecutor(8) as pool: seen = dict(zip(paths, pool.map(_inspect, paths)))
+    with ThreadPoolExecutor(8) as pool: seen = dict(zip(paths, pool.map(inspect_picture, paths)))
     checked = [(p, *seen[p]) if p else (p, status, '', '') for p, status in found]
     columns = dict(zip(('path', 'status', 'sha256', 'reason'), zip(*checked) if checked else [[]]*4))
     return images.drop(columns='file').assign(**{c: list(v) for c, v in columns.items()})

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'rank_of_truth', 'reciprocal_rank', 'hit', 'parse_measure', 'measure', 'summarise', 'found', 'chance',
-           'mrr_bounds', 'tie_order', 'mean_interval', 'confidence_intervals', 'paired_randomisation_test',
-           'paired_interval', 'Comparison', 'compare_ranks', 'difference_over_seeds', 'SeedComparison', 'compare_seeds',
-           'holm', 'clear_sign']
+           'mrr_bounds', 'tie_digest', 'tie_order', 'mean_interval', 'confidence_intervals',
+           'paired_randomisation_test', 'paired_interval', 'Comparison', 'compare_ranks', 'difference_over_seeds',
+           'SeedComparison', 'compare_seeds', 'holm', 'clear_sign']
 
 # %% ../../nbs/ranking/02_metrics.ipynb #imports
 import re
@@ -109,11 +109,17 @@ def mrr_bounds(
     return float(low), float(high)
 
 # %% ../../nbs/ranking/02_metrics.ipynb #tie-order
+def tie_digest(
+    candidate: str,  # id
+) -> bytes:  # 8
+    "The hash of an id in whose order equal scores are listed."
+    return blake2b(str(candidate).encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+
 def tie_order(
     ids: Sequence[str],  # candidates' ids, distinct
 ) -> np.ndarray:  # int64 (n candidates,): `ids[order[0]]` comes first
     "Order of candidates by a hash of their ids: in it equal scores are listed, wherever they are stored"
-    digest = {i: blake2b(str(i).encode('utf-8', 'surrogatepass'), digest_size=8).digest() for i in ids}
+    digest = {i: tie_digest(i) for i in ids}
     return np.array(sorted(range(len(ids)), key=lambda j: (digest[ids[j]], ids[j])), dtype=np.int64)
 
 # %% ../../nbs/ranking/02_metrics.ipynb #intervals
