@@ -24,7 +24,7 @@ class BuildWithNotebooks(build_py):
             for file in files: copy2(file, package/folder)
 
 
-extras = {extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'docs', 'features')}
+extras = {extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'docs', 'features', 'cluster')}
 
 setup(
     name=cfg['lib_name'],
