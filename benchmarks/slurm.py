@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+CONFIGURED = Path('/etc/slurm/slurm.conf')  # where srun looks within a job, whatever SLURM_CONF says
 PROGRAMS = 'munged', 'slurmctld', 'slurmd', 'sbatch', 'squeue', 'scancel', 'sinfo'
 CONFIG = '''ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -58,7 +59,8 @@ def lacking() -> str:
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if absent: return f"{', '.join(absent)} not installed"
     if find_spec('snakemake_executor_plugin_slurm') is None: return "pip install -e '.[cluster]' is needed"
-    return '' if os.geteuid() == 0 else 'only root can start a SLURM of its own'
+    if os.geteuid(): return 'only root can start a SLURM of its own'
+    return f'{CONFIGURED} is there: this machine has a SLURM already' if CONFIGURED.exists() else ''
 
 
 def free_ports(count: int) -> list[int]:
@@ -90,24 +92,24 @@ def said(*words) -> str:
 
 @contextmanager
 def cluster(folder: Path):
-    "A SLURM of this machine alone; the environment names its configuration."
+    "A SLURM of this machine alone."
     for name in ('state', 'spool'): (folder/name).mkdir()
     key, host = folder/'munge.key', socket.gethostname().partition('.')[0]
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
     memory = psutil.virtual_memory().total >> 20
-    config = folder/'slurm.conf'
-    config.write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(2), cpus=os.cpu_count(),
-                                    memory=memory*9//10))
-    os.environ['SLURM_CONF'] = str(config)
+    CONFIGURED.parent.mkdir(exist_ok=True)
+    CONFIGURED.write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(2), cpus=os.cpu_count(),
+                                        memory=memory*9//10))
     own = [f'--{name}={folder}/munge.{ending}' for name, ending in
            (('key-file', 'key'), ('socket', 'socket'), ('pid-file', 'pid'), ('log-file', 'log'),
             ('seed-file', 'seed'))]
     with ExitStack() as stack:
+        stack.callback(CONFIGURED.unlink)
         stack.enter_context(daemon('munged', '--foreground', *own))
         wait_for((folder/'munge.socket').exists)
         for name in ('slurmctld', 'slurmd'):
-            stack.enter_context(daemon(name, '-D', '-f', config, '-L', folder/f'{name}.log'))
+            stack.enter_context(daemon(name, '-D', '-L', folder/f'{name}.log'))
         wait_for(lambda: said('sinfo', '--noheader', '--format=%T') == 'idle')
         yield
 

@@ -230,7 +230,7 @@ def gone(processes, within: float = 10) -> bool:
     return True
 
 
-def wait_for(condition, within: float = 40) -> None:
+def wait_for(condition, within: float = 300) -> None:
     deadline = time.time() + within
     while not condition():
         assert time.time() < deadline

@@ -391,9 +391,10 @@ def run_plan(
     for job in waiting:
         if outcome(job)[0] == 'done': continue
         missing[job.name] = next((name for name in job.after if name in missing), '')
-        log = job.file('logs', '.log')
-        tail = log if log.is_file() and log.stat().st_mtime >= began else state/'snakemake.log'
-        show_failure(console, job, missing[job.name], tail.read_text(errors='replace')[-1500:])
+        logs = [log for log in (job.file('logs', '.log'), state/'snakemake.log')
+                if log.is_file() and log.stat().st_size and log.stat().st_mtime >= began]
+        tail = logs[0].read_text(errors='replace')[-1500:] if logs else ''
+        show_failure(console, job, missing[job.name], tail)
     return missing
 
 # %% ../../nbs/study/25b_reproduce.ipynb #locked
