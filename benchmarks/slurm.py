@@ -125,8 +125,9 @@ def command(out: Path, only: str, *more: str) -> list[str]:
 
 def started(words: list[str], out: Path, only: str) -> subprocess.Popen:
     "The command, whose job has come to its third cell."
-    process = subprocess.Popen(words)
     running = out/'.state'/'running'/f'{only}.json'
+    running.unlink(missing_ok=True)  # of a job that was killed
+    process = subprocess.Popen(words)
     def is_there(): return running.is_file() and json.loads(running.read_text())['cell'] > 2
     wait_for(lambda: process.poll() is not None or is_there(), within=1200)
     if process.poll() is not None: raise RuntimeError('the command ended before its job had begun')
