@@ -320,8 +320,9 @@ def test_a_job_of_a_queue_is_killed_and_made_again(queue, toys, tmp_path):
     words = driver(alone, toys, *words, '--executor', 'cluster-generic')
     process = subprocess.Popen(words, env=queue, stdout=subprocess.PIPE, text=True)
     wait_for((out/'.state'/'running'/'2_double.json').exists)
-    job, = (one for one in psutil.process_iter(['cmdline'])
-            if one.info['cmdline'][-1:] == ['settings/2_double.json'] and one.cwd().startswith(str(out)))
+    job, = (one for one in psutil.process_iter(['cmdline'])  # a zombie has none
+            if (one.info['cmdline'] or [''])[-1] == 'settings/2_double.json'
+            and one.cwd().startswith(str(out)))
     job.kill()
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and '2_double ended without a word' in said, said
