@@ -19,8 +19,9 @@ from PIL import Image
 
 from newsrepro.core.base import PACKAGE, InputError
 from newsrepro.data.layouts import find_layout, read_collection
-from newsrepro.study.plan import Request, identity_of, make_plan, plan_from_config
+from newsrepro.study.plan import Request, identity_of, make_plan, write_plan
 from newsrepro.study.registry import Notebook, notebook_parameters
+from newsrepro.study.reproduce import plan_from_config
 from newsrepro.study.study import mini_root
 
 CORE = '''profile: str = 'mini'  # which checkpoints
@@ -229,7 +230,7 @@ def gone(processes, within: float = 10) -> bool:
     return True
 
 
-def wait_for(condition, within: float = 40) -> None:
+def wait_for(condition, within: float = 300) -> None:
     deadline = time.time() + within
     while not condition():
         assert time.time() < deadline
@@ -269,17 +270,66 @@ def test_an_interrupted_run_stops_its_children(command, newsrepro, tmp_path):
     assert children and gone(children, within=3)
 
 
-def test_the_workflow_runs_without_the_command(study):
-    "As on a cluster: Snakemake alone plans the job whose marker is gone, and no other."
-    plan = dict(notebooks={'1_square': [], '2_double': ['1_square']}, threads=1, priorities={})
-    (study/'.state'/'plan.json').write_text(json.dumps(plan))
-    (study/'.state'/'done'/'2_double').unlink()
-    words = ['-n', '-s', PACKAGE/'Snakefile', '--config', f'state={study}/.state', '--cores', 1,
-             '--rerun-triggers', 'mtime']
-    done = subprocess.run([sys.executable, '-m', 'snakemake', *map(str, words)], **RUN, cwd=study.parent)
-    assert done.returncode == 0, done.stderr
-    planned = [line.split()[1] for line in done.stdout.splitlines() if 'output: done/' in line]
-    assert planned == ['done/2_double']
+def test_the_workflow_ends_in_the_files_of_the_command(study, toys):
+    "Snakemake alone, on a plan that leaves nothing to run, then on one whose notebook fails."
+    page, manifest = study/'index.html', study/'manifest.json'
+    before = page.read_bytes(), manifest.read_bytes()
+    request = Request(only=['2_double', '3_broken'], sets=GOOD[3::2], out=study)
+    plan = make_plan(request, STUDY, toys)
+    for stale, code in ((), 0), (('3_broken',), 1):
+        state = write_plan(plan, dict.fromkeys(stale, 'forced'), notebooks=STUDY)
+        for path in (page, manifest): path.unlink()
+        words = ['-s', PACKAGE/'Snakefile', '--config', f'state={state}', '--cores', 1, '--keep-going',
+                 '--rerun-triggers', 'mtime']
+        done = subprocess.run([sys.executable, '-m', 'snakemake', *map(str, words)], **RUN, cwd=study.parent)
+        assert done.returncode == code, done.stderr
+        ran = [line for line in done.stderr.splitlines() if line.endswith('rule report:')]
+        assert len(ran) == 1 - code, done.stderr
+        if not code: assert (page.read_bytes(), manifest.read_bytes()) == before
+    assert set(json.loads(manifest.read_text())['notebooks']) >= {'1_square', '2_double'}
+    assert page.is_file() and (study/'.state'/'failed'/'3_broken.json').is_file()
+
+
+# a queue that starts jobs in the background: a job is known by the path of its script
+QUEUE = {'submit': """setsid sh -c 'bash "$0"; echo $? > "$0.code"' "$1" > "$1.said" 2>&1 &
+echo $! > "$1.pid"
+echo "$1"
+""", 'status': """if ! [ -e "$1.code" ]; then echo running
+elif grep -qx 0 "$1.code"; then echo success
+else echo failed; fi
+""", 'cancel': """for job in "$@"; do kill -- -"$(cat "$job.pid")"; done
+"""}
+
+
+@pytest.fixture
+def queue(tmp_path):
+    "The environment in which `cluster-generic` submits to `QUEUE`."
+    pytest.importorskip('snakemake_executor_plugin_cluster_generic', reason='pip install newsrepro[cluster]')
+    (profile := tmp_path/'profile').mkdir()
+    for name, script in QUEUE.items():
+        (profile/name).write_text(f'#!/bin/sh\n{script}')
+        (profile/name).chmod(0o755)
+    commands = ''.join(f'cluster-generic-{name}-cmd: {profile/name}\n' for name in QUEUE)
+    (profile/'config.yaml').write_text(f'{commands}seconds-between-status-checks: 1\n')
+    return os.environ | {'SNAKEMAKE_PROFILE': str(profile)}
+
+
+def test_a_job_of_a_queue_is_killed_and_made_again(queue, toys, tmp_path):
+    out, alone = tmp_path/'report', (Notebook('2_double', 'toy', 'Double', ('double',)),)
+    words = ['reproduce', '--set', '2_double.seed=5', '--set', '2_double.pause=3.0', '--out', out]
+    words = driver(alone, toys, *words, '--executor', 'cluster-generic')
+    process = subprocess.Popen(words, env=queue, stdout=subprocess.PIPE, text=True)
+    wait_for((out/'.state'/'running'/'2_double.json').exists)
+    job, = (one for one in psutil.process_iter(['cmdline'])  # a zombie has none
+            if (one.info['cmdline'] or [''])[-1] == 'settings/2_double.json'
+            and one.cwd().startswith(str(out)))
+    job.kill()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and '2_double ended without a word' in said, said
+    assert json.loads((out/'manifest.json').read_text())['notebooks'] == {}
+    done = subprocess.run(words, **RUN, env=queue)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tables(out) == {'double.csv': b'value\n10.0\n'}  # as without a queue
 
 
 @pytest.mark.parametrize('name', ['out #2', 'out: b', 'a folder with [c] in it', '{"x": 1}', "it's",
@@ -414,7 +464,7 @@ def test_the_registry_makes_a_plan(tmp_path):
 def official(root: Path, folder: str) -> Path:
     "A small collection: in the layout of 2022 where `folder` is a set's, in that of 2021 where it is ''."
     (root/folder/'images').mkdir(parents=True)
-    for part, ids in (('train', range(12)), ('test', range(12, 17))):
+    for part, ids in (('train', range(20)), ('test', range(20, 25))):
         rows = ['article\ttitle\tiid', *(f'{i}\tTitle {i}\tp{i}' for i in ids)]
         (root/folder/f'{part}.tsv').write_text('\n'.join(rows))
         for i in ids: Image.new('RGB', (8, 8), (i*8, 0, 0)).save(root/folder/'images'/f'p{i}.png')
@@ -552,12 +602,15 @@ def test_the_workflow_takes_several_collections(years, tmp_path):
     with pytest.raises(InputError, match='both are newsimages2022'):
         plan_from_config(dict(data=folders, out=str(tmp_path/'no')))
     both = [str(years/D21), str(years/'d22')]
-    state = plan_from_config(dict(data=both, out=str(tmp_path/'out'), only='10_vilt,11_clip_sweep'))
+    state, _ = plan_from_config(dict(data=both, out=str(tmp_path/'out'), only='10_vilt,11_clip_sweep'))
     settings = {path.stem: json.loads(path.read_text()) for path in (state/'settings').iterdir()}
     own = {name: job['parameters']['data'] for name, job in settings.items()}
     assert own == {'10_vilt': str(years/D21), '11_clip_sweep': str(years/'d22')}
-    alone = plan_from_config(dict(data=str(years/'d22'), out=str(tmp_path/'alone')))
-    assert '10_vilt' not in json.loads((alone/'plan.json').read_text())['notebooks']
+    alone, lock = plan_from_config(dict(data=str(years/'d22'), out=str(tmp_path/'alone'), device='cuda'))
+    rules = json.loads((alone/'plan.json').read_text())['rules']
+    assert '10_vilt' not in rules
+    assert rules['12_fine_tune']['resources'].keys() == {'mem_mb', 'runtime', 'gpu'}
+    with pytest.raises(InputError, match='at work there'): plan_from_config(dict(out=str(alone.parent)))
 
 
 def test_the_layout_is_found_as_it_is_read():

@@ -7,8 +7,8 @@ __all__ = ['LIBRARIES', 'Request', 'closest', 'choose', 'parse_set', 'existing_f
            'data_for', 'imported_modules', 'code_files', 'notebook_source', 'code_identity', 'folder_identity',
            'library_versions', 'identity_of', 'Job', 'make_job', 'check_profile', 'core_values', 'report_folder',
            'refuse_other_data', 'make_plan', 'stamp', 'is_intact', 'record_digest', 'why_stale', 'stale_jobs',
-           'write_plan', 'run_order', 'read_job', 'request_from_config', 'plan_from_config', 'make_manifest',
-           'current_state', 'overview']
+           'write_plan', 'run_order', 'read_job', 'read_study', 'request_from_config', 'make_manifest', 'current_state',
+           'overview']
 
 # %% ../../nbs/study/25_plan.ipynb #imports
 import ast, hashlib, json, os, platform, re
@@ -19,6 +19,7 @@ from functools import cache
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..core.base import (PACKAGE, InputError, clone_root, file_digest, notebooks_dir, package_version,
@@ -37,6 +38,7 @@ class Request:
     only: Sequence[str] = ()  # names of notebooks; empty = all
     sets: Sequence[str] = ()  # NB.PARAM=VALUE
     out: str | Path | None = None  # the report's folder; None = `reports/<profile>`
+    executor: str = 'local'  # of Snakemake; '' = the one that its own command names
 
 # %% ../../nbs/study/25_plan.ipynb #closest
 def closest(
@@ -299,7 +301,10 @@ def core_values(
     request: Request,  # as given
 ) -> dict[str, str]:  # parameters that all notebooks share
     "Profile, device and weights, checked; a GPU that is not there is refused now, not in the third hour."
-    if check_device(request.device).startswith('cuda'): resolve_device(request.device)
+    if check_device(request.device).startswith('cuda') and request.executor == 'local':
+        resolve_device(request.device)
+    if ':' in request.device and request.executor != 'local':
+        raise InputError(f'--device {request.device}: a job of a queue sees its own cards only; give cuda')
     weights = request.weights and existing_folder('weights', request.weights)
     return dict(profile=check_profile(request.profile), device=request.device, weights=weights)
 
@@ -407,10 +412,11 @@ def stale_jobs(
 def write_plan(
     plan: Sequence[Job],  # at least one
     stale: Mapping[str, str],  # of `stale_jobs`
-    threads: int = 1,  # of each job
     order: Sequence[str] = (),  # names of the first to begin; the others follow as they come
+    asked: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),  # name -> its `threads` and `resources`
+    notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study, for the report
 ) -> Path:  # the folder that Snakemake works in
-    "Write each job's settings and the markers of those that need not run."
+    "Write each job's settings, the markers of those that need not run, and what the rules are made from."
     state = plan[0].state
     for job in plan:
         write_json(job.file('settings'), asdict(job))
@@ -419,9 +425,11 @@ def write_plan(
         if job.name in stale:
             for old in (marker, job.file('failed'), job.file('running')): old.unlink(missing_ok=True)
         else: marker.touch()  # later than its settings and the markers before it
+    (state/'done'/'report').unlink(missing_ok=True)
     urgency = {name: len(order) - place for place, name in enumerate(order)}
-    write_json(state/'plan.json', dict(notebooks={job.name: job.after for job in plan}, threads=threads,
-                                       priorities={job.name: urgency.get(job.name, 0) for job in plan}))
+    rules = {job.name: dict(threads=1, resources={}) | asked.get(job.name, {})
+             | dict(after=job.after, priority=urgency.get(job.name, 0)) for job in plan}
+    write_json(state/'plan.json', dict(rules=rules, study=[asdict(notebook) for notebook in notebooks]))
     return state
 
 # %% ../../nbs/study/25_plan.ipynb #run-order
@@ -447,12 +455,20 @@ def read_job(
     "The job written by `write_plan`."
     return Job(**json.loads(path.read_text(encoding='utf-8')))
 
+def read_study(
+    state: Path,  # of a report
+) -> tuple[Notebook, ...]:
+    "The study that `write_plan` was given."
+    tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value
+    entries = json.loads((state/'plan.json').read_text(encoding='utf-8'))['study']
+    return tuple(Notebook(**{name: tuples(value) for name, value in entry.items()}) for entry in entries)
+
 # %% ../../nbs/study/25_plan.ipynb #request-from-config
 def request_from_config(
     config: Mapping[str, Any],  # of Snakemake: options of `newsrepro reproduce`; lists, or words with commas
 ) -> Request:
     "The request that a workflow's `config` makes. Raises `InputError` for an option or a path that is none."
-    known = [field.name for field in fields(Request)]
+    known = [field.name for field in fields(Request) if field.name != 'executor']
     for name in config:
         if name not in (*known, 'threads'):
             raise InputError(f"{name}: no option; there are {', '.join(known)}, threads")
@@ -463,18 +479,7 @@ def request_from_config(
         for value in asked.get(name, []) if name == 'data' else [asked.get(name, '')]:
             if value not in ('', 'mini') and not Path(value).is_absolute():
                 raise InputError(f'{name}={value}: give the full path')
-    return Request(**asked)
-
-# %% ../../nbs/study/25_plan.ipynb #plan-from-config
-def plan_from_config(
-    config: Mapping[str, Any],  # of Snakemake: `state`, or options and `threads`
-    write: bool = True,  # False in the processes of single jobs
-) -> Path:  # the folder that Snakemake works in
-    "For the workflow file: the plan of the command (`state`, or NEWSREPRO_STATE), or one of `config`."
-    if given := config.get('state') or os.environ.get('NEWSREPRO_STATE'): return Path(given)
-    plan = [job for job in make_plan(request_from_config(config)) if not job.lacks]
-    if not plan: raise InputError('no notebook can run on these data')
-    return write_plan(plan, stale_jobs(plan), int(config.get('threads', 1))) if write else plan[0].state
+    return Request(**asked, executor='')
 
 # %% ../../nbs/study/25_plan.ipynb #manifest-entry
 def _entry(record: Mapping) -> dict:  # without what only `why_stale` needs
