@@ -22,7 +22,8 @@ from .job import child_environment, kill_tree, process_mark, tools_dir
 from .needs import (Model, Needs, Part, Rates, Requirement, asked_of_data, check_against_data,
                                    duration, estimate, facts_of, lines, locate_all, measured_rates,
                                    models_of, projected_seconds, refuse_missing, unmet)
-from .plan import Job, Request, make_manifest, make_plan, run_order, stale_jobs, write_plan
+from .plan import (Job, Request, make_manifest, make_plan, read_record, run_order, stale_jobs,
+                                  write_plan)
 from .registry import NOTEBOOKS, PAPER_LAYOUT, Notebook, resolve_device
 
 # %% ../../nbs/study/25b_reproduce.ipynb #models-needed
@@ -190,13 +191,11 @@ def snakemake(
 # %% ../../nbs/study/25b_reproduce.ipynb #outcome
 def outcome(
     job: Job,  # of the plan
-    began: float,  # when the command started, seconds
 ) -> tuple[str, dict[str, Any]]:  # 'done', 'failed', 'running' or 'waiting', and what it left
     "How far a job of this run is."
     if job.file('failed').is_file(): return 'failed', read_json(job.file('failed'))
     if (now := read_json(job.file('running'))) is not None: return 'running', now
-    results = job.file('results')
-    if results.is_file() and results.stat().st_mtime >= began: return 'done', read_json(results)
+    if job.file('done', '').is_file(): return 'done', read_record(job.file('results'))
     return 'waiting', {}
 
 # %% ../../nbs/study/25b_reproduce.ipynb #show-line
@@ -259,7 +258,6 @@ class Progress:
 def follow(
     process: subprocess.Popen,  # Snakemake
     waiting: Sequence[Job],  # jobs that run
-    began: float,  # when the command started, seconds
     console,  # of rich
     every: float = .2,  # seconds between two looks
 ) -> None:
@@ -268,7 +266,7 @@ def follow(
     with shown.bar:
         while True:
             last = process.poll() is not None  # one more look after the end
-            for job in waiting: shown.show(job, *outcome(job, began))
+            for job in waiting: shown.show(job, *outcome(job))
             if last: return
             time.sleep(every)
 
@@ -323,10 +321,10 @@ def run_plan(
     threads, began = thread_count(jobs), time.time()
     state = write_plan(plan, stale, threads, order)
     waiting = [job for job in plan if job.name in stale]
-    with snakemake(state, threads*jobs) as process: follow(process, waiting, began, console)
+    with snakemake(state, threads*jobs) as process: follow(process, waiting, console)
     missing = {}
     for job in waiting:
-        if outcome(job, began)[0] == 'done': continue
+        if outcome(job)[0] == 'done': continue
         missing[job.name] = next((name for name in job.after if name in missing), '')
         log = job.file('logs', '.log')
         tail = log if log.is_file() and log.stat().st_mtime >= began else state/'snakemake.log'
