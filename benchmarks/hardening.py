@@ -25,6 +25,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 os.environ |= {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
@@ -161,9 +162,8 @@ def child(job, folder: Path, given: dict, before) -> None:
     os.setsid()
     errors = os.open(folder.with_name(f'{folder.name}.err'), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(errors, 2)
-    import torch
     from newsrepro.core.base import InputError
-    torch.set_num_threads(1)
+    if torch := sys.modules.get('torch'): torch.set_num_threads(1)
     try:
         before()
         found = job(folder, given)
@@ -412,12 +412,8 @@ def prepared(names: list[str]):
         shutil.rmtree(place, ignore_errors=True)
 
 
-def imported() -> None:
-    "Import what the works need, before the first of them is started."
-    from newsrepro.data import fetch  # noqa: F401
-    from newsrepro.methods import fine_tune  # noqa: F401
-    from newsrepro.models import single_stream, store  # noqa: F401
-    from newsrepro.ranking import runs  # noqa: F401
+MODULES = dict(embedding='models.store', training='methods.fine_tune', scoring='models.single_stream',
+               fetch='data.fetch', reproduce='study.reproduce')
 
 
 def main() -> int:
@@ -431,7 +427,7 @@ def main() -> int:
     args = parser.parse_args()
     kinds, names = args.only or list(KINDS), args.work or list(WORK)
     rows, faults, began = [], [], time.perf_counter()
-    imported()
+    for name in names: import_module(f'newsrepro.{MODULES[name]}')  # once, before the first work begins
     with prepared(names) as given:
         undisturbed(names, given)
         print('| disturbance | work | trials | the disturbed run | same bytes afterwards | faults |\n'

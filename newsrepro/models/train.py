@@ -513,10 +513,13 @@ def save_checkpoint(path: Path,  # of the checkpoint
                     best: dict | None,  # state dict of the best validation so far
                     mark: dict[str, str]  # from `identity`
                    ) -> None:
-    "Write all that training needs to go on from here."
-    with atomic_path(path) as part:
-        torch.save(dict(mark=mark, model=model.state_dict(), optimiser=optimiser.state_dict(),
-                        history=history, best=best), part)
+    "Write all that training needs to go on from here; raises `OSError` where the disk is full."
+    kept = dict(mark=mark, model=model.state_dict(), optimiser=optimiser.state_dict(), history=history,
+                best=best)
+    with atomic_path(path) as part, part.open('wb') as file:
+        try: torch.save(kept, file)
+        except RuntimeError as error:  # torch hides what the system said, as of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 # %% ../../nbs/models/07_train.ipynb #load-checkpoint
 def load_checkpoint(path: Path,  # of the checkpoint
