@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'Request', 'closest', 'choose', 'parse_set', 'existing_folder', 'check_several', 'collections_asked',
            'data_for', 'imported_modules', 'code_files', 'notebook_source', 'code_identity', 'folder_identity',
            'library_versions', 'identity_of', 'Job', 'make_job', 'check_profile', 'core_values', 'report_folder',
-           'refuse_other_data', 'make_plan', 'stamp', 'is_intact', 'write_record', 'read_record', 'record_digest',
+           'write_record', 'read_record', 'refuse_other_data', 'make_plan', 'stamp', 'is_intact', 'record_digest',
            'why_stale', 'stale_jobs', 'write_plan', 'run_order', 'read_job', 'request_from_config', 'plan_from_config',
            'make_manifest', 'current_state', 'overview']
 
@@ -318,6 +318,28 @@ def report_folder(
         raise InputError(f'--out {folder}: holds files that are no report; name a new or empty folder')
     return folder
 
+# %% ../../nbs/study/25_plan.ipynb #record
+def _digest_of(record: Mapping) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+def write_record(
+    path: Path,  # of the record
+    record: Mapping[str, Any],  # of a result
+) -> dict[str, Any]:  # as `read_record` reads it
+    "Keep a record with its digest."
+    record = json.loads(json.dumps(record))
+    write_json(path, record | dict(sha256=_digest_of(record)))
+    return record
+
+def read_record(
+    path: Path,  # of the record
+) -> dict[str, Any] | None:
+    "The record of a result; None where there is none or it is damaged."
+    record = read_json(path)
+    if not isinstance(record, dict): return None
+    digest = record.pop('sha256', '')
+    return record if digest == _digest_of(record) else None
+
 # %% ../../nbs/study/25_plan.ipynb #refuse-other-data
 def refuse_other_data(
     job: Job,  # that is to run
@@ -365,28 +387,6 @@ def is_intact(
     "Whether the file still has the content it had."
     if not path.is_file() or path.stat().st_size != known['size']: return False
     return file_digest(path) == known['sha256']  # its time would not tell of a disk that forgets
-
-# %% ../../nbs/study/25_plan.ipynb #record
-def _digest_of(record: Mapping) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-def write_record(
-    path: Path,  # of the record
-    record: Mapping[str, Any],  # of a result
-) -> dict[str, Any]:  # as `read_record` reads it
-    "Keep a record with its digest."
-    record = json.loads(json.dumps(record))
-    write_json(path, record | dict(sha256=_digest_of(record)))
-    return record
-
-def read_record(
-    path: Path,  # of the record
-) -> dict[str, Any] | None:
-    "The record of a result; None where there is none or it is damaged."
-    record = read_json(path)
-    if not isinstance(record, dict): return None
-    digest = record.pop('sha256', '')
-    return record if digest == _digest_of(record) else None
 
 # %% ../../nbs/study/25_plan.ipynb #record-digest
 def record_digest(
