@@ -523,7 +523,7 @@ def _database(path: Path) -> sqlite3.Connection:
         db.execute('CREATE TABLE IF NOT EXISTS lists (chunks INTEGER PRIMARY KEY, keys BLOB)')
         db.commit()
         return db
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise InputError(f'{path}: no journal of scores ({error}); delete it to start anew') from None
 
 # %% ../../nbs/models/04a_single_stream.ipynb #journal
@@ -542,18 +542,24 @@ class Journal:
         "Let go of the file."
         self.db.close()
 
+    def _rows(self, query: str) -> list[tuple]:
+        try: return self.db.execute(query).fetchall()
+        except sqlite3.DatabaseError as error: self._refuse(error)
+
+    def _refuse(self, why):
+        raise InputError(f'{self.path}: damaged ({why}); delete it to start anew') from None
+
     def lists(self, shape: tuple[int, int]  # texts, k
              ) -> tuple[int, np.ndarray]:  # chunks done, keys int64 of `newsrepro.ranking.retrieve`
         "Where to go on."
-        if row := self.db.execute('SELECT chunks, keys FROM lists').fetchone():
-            if (keys := _opened(row[1])) is None:
-                raise InputError(f'{self.path}: damaged; delete it to start anew')
-            return row[0], np.frombuffer(keys, np.int64).reshape(shape)
-        return 0, np.full(shape, np.iinfo(np.int64).min)
+        rows = self._rows('SELECT chunks, keys FROM lists')
+        if not rows: return 0, np.full(shape, np.iinfo(np.int64).min)
+        if (keys := _opened(rows[0][1])) is None: self._refuse('its digest differs')
+        return rows[0][0], np.frombuffer(keys, np.int64).reshape(shape)
 
     def units(self) -> dict[int, np.ndarray]:  # scores by number of the unit
         "Finished units of the chunk at hand."
-        opened = {n: _opened(row) for n, row in self.db.execute('SELECT * FROM units')}
+        opened = {n: _opened(row) for n, row in self._rows('SELECT * FROM units')}
         return {n: np.frombuffer(row, np.float32) for n, row in opened.items() if row is not None}
 
     def add(self, number: int,  # of the unit

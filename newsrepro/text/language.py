@@ -91,7 +91,7 @@ class TranslationMemory:
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as db: yield db
         except sqlite3.OperationalError: raise  # locked, or no room
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             said = 'delete it, and what is needed is translated again'
             raise InputError(f'{self.path}: damaged ({error}); {said}') from None
 
