@@ -322,7 +322,7 @@ def clock(name, folder, given, draw, seconds):
 
 def memory(name, folder, given, draw, seconds):
     "Address space for a part of what the work takes."
-    room = int(draw.uniform(.02, 1)*2**29)
+    room = int(draw.uniform(.05, 1)*2**29)
     def limited():
         now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
