@@ -215,7 +215,8 @@ def test_every_public_parameter_is_commented(path):
 
 def unsafe_calls(source: str) -> list[str]:
     "Calls that could run what a file says."
-    banned = {'pickle.load', 'pickle.loads', 'torch.jit.load', 'joblib.load', 'pd.read_pickle', 'eval', 'exec'}
+    banned = {'pickle.load', 'pickle.loads', 'torch.jit.load', 'joblib.load', 'pd.read_pickle', 'eval',
+              'exec'}
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call): continue
