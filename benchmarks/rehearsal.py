@@ -92,7 +92,12 @@ def as_torchscript(state: Mapping, path: Path) -> None:
     torch.jit.script(archive).save(str(path))
 
 
-ARCHIVES = ('RN50', 'ViT-B/16')  # these as OpenAI's loader keeps them, the others as the hub does
+ARCHIVES = ('RN50', 'ViT-B/16')  # these in OpenAI's form, the others as the hub keeps them
+
+
+def archive_name(backbone) -> str:
+    "Not OpenAI's own, under which nothing but what it published is read."
+    return f'{backbone.model}-{backbone.tag}.pt'
 
 
 def make_clip(name: str, weights: Path, sentence: int) -> None:
@@ -105,7 +110,7 @@ def make_clip(name: str, weights: Path, sentence: int) -> None:
     state = build_model(backbone).state_dict()
     if backbone.file: state = {key: value.half() if value.is_floating_point() else value
                                for key, value in state.items()}
-    if name in ARCHIVES: return as_torchscript(state, weights/backbone.file)
+    if name in ARCHIVES: return as_torchscript(state, weights/archive_name(backbone))
     with hub_folder(weights, backbone.repository) as folder:
         save_file(state, folder/'open_clip_model.safetensors')
 
@@ -194,7 +199,8 @@ def is_made(kind: str, name: str, weights: Path) -> bool:
     if kind != 'clip': return (weights/f"models--{name.replace('/', '--')}"/'refs'/'main').is_file()
     backbone = find_backbone(name, 'paper')
     folder = weights/f"models--{backbone.repository.replace('/', '--')}"
-    return (weights/backbone.file).is_file() if name in ARCHIVES else (folder/'refs'/'main').is_file()
+    if name in ARCHIVES: return (weights/archive_name(backbone)).is_file()
+    return (folder/'refs'/'main').is_file()
 
 
 def make_checkpoints(models: Sequence[tuple[str, str]], weights: Path, sentence: int) -> None:

@@ -40,7 +40,7 @@ autodoc_typehints_format, autodoc_member_order = 'short', 'bysource'
 
 FOLDERS = {'core': 'Core', 'data': 'Data', 'text': 'Text', 'models': 'Models', 'ranking': 'Ranking',
            'methods': 'Methods', 'study': 'Study', 'mini': 'Mini profile'}
-GUIDES = ['nbs/add_a_method', 'nbs/bring_data']  # first of the notebooks that are in no folder
+GUIDES = ['nbs/add_a_method', 'nbs/bring_data', 'nbs/what_it_writes']  # first of those in no folder
 PROJECT = ['benchmarks/README', 'benchmarks/results', 'CONTRIBUTING', 'CHANGELOG',
            'newsrepro/mini/collections', 'newsrepro/mini/checkpoints/README']
 PAGES = {path.stem: path.relative_to(ROOT).as_posix() for path in sorted((ROOT/'nbs').rglob('*.ipynb'))}

@@ -50,6 +50,7 @@ def run(
         if not isinstance(error, InputError): raise
         return fail(error, 2)
     except BrokenPipeError: raise
+    except MemoryError: return fail('out of memory', 1)
     except OSError as error:
         from newsrepro.core.base import NO_ROOM
         advice = '; make room, and the same command goes on from there' if error.errno in NO_ROOM else ''

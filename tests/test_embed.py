@@ -1,7 +1,8 @@
 """Checkpoints of the true architectures and forms, random weights: found, loaded, encoded as by others."""
-from functools import partial
+import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import open_clip
@@ -12,7 +13,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
-from newsrepro.core.base import InputError
+from newsrepro.core.base import InputError, file_digest
 from newsrepro.core.checkpoints import MINI_BACKBONES, PAPER_BACKBONES, MissingCheckpoint, find_backbone
 from newsrepro.data.layouts import read_collection
 from newsrepro.data.pictures import open_image
@@ -74,9 +75,10 @@ def as_torchscript(model, path):
 def as_hub_cache(model, backbone, root):
     "What huggingface_hub keeps: blobs, and a snapshot of links to them."
     folder = root/f"models--{backbone.repository.replace('/', '--')}"
-    snapshot, blob = folder/'snapshots'/('0'*40), folder/'blobs'/('1'*64)
-    snapshot.mkdir(parents=True), blob.parent.mkdir()
-    save_file(half(model), blob)
+    snapshot, made = folder/'snapshots'/('0'*40), folder/'blobs'/'made'
+    snapshot.mkdir(parents=True), made.parent.mkdir()
+    save_file(half(model), made)
+    blob = made.rename(made.with_name(file_digest(made)))
     (snapshot/'open_clip_model.safetensors').symlink_to('../../blobs/' + blob.name)
     (folder/'refs').mkdir(); (folder/'refs'/'main').write_text('0'*40)
 
@@ -109,16 +111,27 @@ def test_true_architecture(name, tmp_path, pictures, monkeypatch):
     images, texts = reference(model, backbone.model + ('-quickgelu' if backbone.quick_gelu else ''), pictures)
     as_hub_cache(model, backbone, tmp_path/'hub')
     agree(load_encoder(backbone), pictures, images, texts)
+    blob, = (tmp_path/'hub').glob('*/blobs/*')
+    with blob.open('r+b') as file:  # the sign of the last weight
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 128]))
+    with pytest.raises(InputError, match='damaged or another file; fetch it again'): load_encoder(backbone)
     shutil.rmtree(tmp_path/'hub')
 
     if not backbone.file: return
     (tmp_path/'weights').mkdir()
-    as_torchscript(model, tmp_path/'weights'/backbone.file)
+    archive = tmp_path/'weights'/backbone.file
+    as_torchscript(model, archive)
+    with pytest.raises(InputError, match=f'published is {backbone.sha256[:12]}'):  # it is not OpenAI's
+        load_encoder(backbone, tmp_path/'weights')
+    archive = archive.rename(tmp_path/'weights'/f'{backbone.model}-openai.pt')
     del model
     encoder = load_encoder(backbone, tmp_path/'weights')
     agree(encoder, pictures, images, texts)
     del encoder
-    own = open_clip.load_openai_model(str(tmp_path/'weights'/backbone.file), precision='fp32', device='cpu')
+    own = open_clip.load_openai_model(str(archive), precision='fp32', device='cpu')
     again = reference(own, backbone.model + '-quickgelu', pictures)
     assert np.abs(again[0] - images).max() < 1e-4 and np.abs(again[1] - texts).max() < 1e-4
 

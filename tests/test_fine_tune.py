@@ -119,7 +119,7 @@ def test_trained_once(toy, undisturbed, monkeypatch):
     monkeypatch.setattr(module, 'train', lambda *_, **__: pytest.fail('trained again'))
     again, curve = fine_tune(*toy, root)
     assert again.fingerprint == tuned.fingerprint and curve == history
-    kept = sorted(path.name for path in next(root.iterdir()).rglob('*') if path.is_file())
+    kept = sorted(path.name for path in root.glob('[!.]*/**/*') if path.is_file())
     assert kept == sorted(['history.json', CONFIG, WEIGHTS]), 'the optimiser state of a finished run'
 
 
@@ -143,7 +143,7 @@ def test_killed_run_goes_on(toy, undisturbed, tmp_path):
         run.wait()
     unfinished = not list(tmp_path.glob('*/history.json'))
     tuned, history = fine_tune(*toy, tmp_path)
-    assert unfinished and [path.name for path in tmp_path.iterdir()] == [model_key(*toy)]
+    assert unfinished and [path.name for path in tmp_path.glob('[!.]*')] == [model_key(*toy)]
     assert tuned.fingerprint == undisturbed[1].fingerprint
     assert [record['loss'] for record in history] == [record['loss'] for record in undisturbed[2]]
 

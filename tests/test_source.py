@@ -211,3 +211,27 @@ def test_every_public_parameter_is_commented(path):
     bare = [name for name, node in public_parameters(ast.parse(source))
             if not commented & set(range(node.lineno, node.end_lineno + 1))]
     assert bare == []
+
+
+def unsafe_calls(source: str) -> list[str]:
+    "Calls that could run what a file says."
+    banned = {'pickle.load', 'pickle.loads', 'torch.jit.load', 'joblib.load', 'pd.read_pickle', 'eval',
+              'exec'}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call): continue
+        name, given = ast.unparse(node.func), {one.arg: ast.unparse(one.value) for one in node.keywords}
+        pickled = name == 'np.load' and given.get('allow_pickle') != 'False'
+        whole = name in ('torch.load', 'load_state_dict') and given.get('weights_only') != 'True'
+        if name in banned or pickled or whole: found.append(ast.unparse(node))
+    return found
+
+
+def test_unsafe_calls_are_found():
+    source = 'torch.load(p)\nnp.load(p)\npickle.load(f)\ntorch.load(p, weights_only=True)\nx.load(p)'
+    assert unsafe_calls(source) == ['torch.load(p)', 'np.load(p)', 'pickle.load(f)']
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: f'{path.parent.name}.{path.stem}')
+def test_checkpoints_are_read_as_data(path):
+    assert unsafe_calls(path.read_text(encoding='utf-8')) == []

@@ -7,7 +7,8 @@ __all__ = ['PAPER_BACKBONES', 'MINI_BACKBONES', 'REGISTRY', 'ZHANG_BACKBONES', '
            'HUB_FILES', 'REMEDY', 'MODEL_PATTERNS', 'MARIAN_FILES', 'VILT_FILES', 'TRANSLATORS', 'VILT_MODELS',
            'VIT_MODELS', 'WHEELS', 'Backbone', 'find_backbone', 'backbone_names', 'backbone_pair', 'check_precision',
            'resolve_precision', 'candidates', 'MissingCheckpoint', 'hub_cache', 'search_places', 'wanted_files',
-           'find_checkpoint', 'model_name', 'is_hub_name', 'local_model', 'find_model', 'local_weights']
+           'find_checkpoint', 'pinned_digest', 'hub_digest', 'check_digest', 'model_name', 'is_hub_name', 'local_model',
+           'find_model', 'local_weights']
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #imports
 import os, re
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
-from .base import MINI_DIR, InputError
+from .base import MINI_DIR, InputError, file_digest
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #backbone
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Backbone:
     file: str = ''  # under which the publisher's own loader keeps it; empty = none
     quick_gelu: bool = True  # as the weights were trained
     merges: str = ''  # file of byte-pair merges in `MINI_DIR`; empty = the architecture's own
+    sha256: str = ''  # of `file`, or of the hub's `.bin` where there is no such; empty = not known
 
     @property
     def published_precision(self) -> str:  # 'fp16' or 'fp32'
@@ -43,25 +45,35 @@ class Backbone:
 # %% ../../nbs/core/00b_checkpoints.ipynb #paper-backbones
 PAPER_BACKBONES = (
     Backbone('RN50', 'RN50', 'openai', 224, 1024, 102.0, (12.2, 6.0),
-             'timm/resnet50_clip.openai', 'RN50.pt'),
+             'timm/resnet50_clip.openai', 'RN50.pt',
+             sha256='afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762'),
     Backbone('RN101', 'RN101', 'openai', 224, 512, 119.7, (19.5, 6.0),
-             'timm/resnet101_clip.openai', 'RN101.pt'),
+             'timm/resnet101_clip.openai', 'RN101.pt',
+             sha256='8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599'),
     Backbone('RN50x4', 'RN50x4', 'openai', 288, 640, 178.3, (42.6, 9.3),
-             'timm/resnet50x4_clip.openai', 'RN50x4.pt'),
+             'timm/resnet50x4_clip.openai', 'RN50x4.pt',
+             sha256='7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd'),
     Backbone('RN50x16', 'RN50x16', 'openai', 384, 768, 291.0, (149.4, 13.3),
-             'timm/resnet50x16_clip.openai', 'RN50x16.pt'),
+             'timm/resnet50x16_clip.openai', 'RN50x16.pt',
+             sha256='52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa'),
     Backbone('RN50x64', 'RN50x64', 'openai', 448, 1024, 623.3, (529.1, 23.5),
-             'timm/resnet50x64_clip.openai', 'RN50x64.pt'),
+             'timm/resnet50x64_clip.openai', 'RN50x64.pt',
+             sha256='be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c'),
     Backbone('ViT-B/32', 'ViT-B-32', 'openai', 224, 512, 151.3, (8.8, 6.0),
-             'timm/vit_base_patch32_clip_224.openai', 'ViT-B-32.pt'),
+             'timm/vit_base_patch32_clip_224.openai', 'ViT-B-32.pt',
+             sha256='40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af'),
     Backbone('ViT-B/16', 'ViT-B-16', 'openai', 224, 512, 149.6, (35.1, 6.0),
-             'timm/vit_base_patch16_clip_224.openai', 'ViT-B-16.pt'),
+             'timm/vit_base_patch16_clip_224.openai', 'ViT-B-16.pt',
+             sha256='5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f'),
     Backbone('ViT-L/14', 'ViT-L-14', 'openai', 224, 768, 427.6, (162.0, 13.3),
-             'timm/vit_large_patch14_clip_224.openai', 'ViT-L-14.pt'),
+             'timm/vit_large_patch14_clip_224.openai', 'ViT-L-14.pt',
+             sha256='b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836'),
     Backbone('ViT-L/14@336px', 'ViT-L-14-336', 'openai', 336, 768, 427.9, (381.9, 13.3),
-             'timm/vit_large_patch14_clip_336.openai', 'ViT-L-14-336px.pt'),
+             'timm/vit_large_patch14_clip_336.openai', 'ViT-L-14-336px.pt',
+             sha256='3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02'),
     Backbone('ViT-H/14', 'ViT-H-14', 'laion2b_s32b_b79k', 224, 1024, 986.1, (334.6, 47.1),
-             'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', quick_gelu=False),
+             'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', quick_gelu=False,
+             sha256='9a78ef8e8c73fd0df621682e7a8e8eb36c6916cb3c16b291a082ecd52ab79cc4'),
 )
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #mini-registry
@@ -92,6 +104,7 @@ def _of_open_clip(name: str) -> Backbone | None:
                     sum(p.numel() for p in net.parameters())/1e6,
                     repository=published.get('hf_hub', '').rpartition('/')[0],
                     file=published.get('url', '').rpartition('/')[2],
+                    sha256=''.join(re.findall('/([0-9a-f]{64})/', published.get('url', ''))),
                     quick_gelu=bool(config.get('quick_gelu') or published.get('quick_gelu')))
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #find-backbone
@@ -206,6 +219,27 @@ def find_checkpoint(backbone: Backbone,  # whose weights are wanted
     raise MissingCheckpoint(f"checkpoint of {backbone.name} ({backbone.model}, {backbone.tag}) not found: "
                             f"looked for {wanted_files(backbone)} in "
                             f"{', '.join(map(str, search_places(weights)))}; {problem}; {REMEDY}")
+
+# %% ../../nbs/core/00b_checkpoints.ipynb #published-digest
+def pinned_digest(path: Path,  # of a checkpoint's file
+                  backbone: Backbone  # whose weights it should hold
+                 ) -> str:  # SHA-256; empty = not known
+    "What is published for a file of this name."
+    return backbone.sha256 if path.name == (backbone.file or HUB_FILES[1]) else ''
+
+def hub_digest(path: Path  # of any file
+              ) -> str:  # SHA-256; empty = no large file of the hub's cache
+    "What the hub's cache calls the content of a file, to which it only links."
+    blob = path.resolve()
+    return blob.name if blob.parent.name == 'blobs' and re.fullmatch('[0-9a-f]{64}', blob.name) else ''
+
+def check_digest(path: Path,  # of a checkpoint's file
+                 published: str  # SHA-256; empty = not known, nothing is checked
+                ) -> None:
+    "Raise `InputError` where the file's content is another one."
+    if not published or (found := file_digest(path)) == published: return
+    raise InputError(f'{path}: SHA-256 {found[:12]}, published is {published[:12]}: damaged or another file; '
+                     'fetch it again, and give weights of your own another name, such as MODEL.safetensors')
 
 # %% ../../nbs/core/00b_checkpoints.ipynb #model-name
 MODEL_PATTERNS = ('*.json', '*.txt', '*.spm', '*.safetensors', 'pytorch_model.bin')  # what to ask the hub for

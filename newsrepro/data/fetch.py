@@ -904,10 +904,14 @@ def summary(rows: list[Mapping],  # of the images that were wanted
 def _resumable(root: Path) -> Iterator[None]:
     "Say where the system failed, and that nothing is lost."
     try: yield
-    except OSError as error:
-        where = error.filename or root
-        said = f'{where}: {error.strerror or error}'
-        raise OSError(f'{said}; what came is kept, and the same command goes on from there') from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        no_thread = "can't start new thread" in str(error)  # all that Python says where memory lacks for one
+        if isinstance(error, RuntimeError) and not no_thread: raise
+        where = getattr(error, 'filename', None) or root
+        why = getattr(error, 'strerror', None) or str(error) or 'out of memory'
+        more = ', with fewer --jobs' if not isinstance(error, OSError) else ''
+        said = f'{where}: {why}; what came is kept, and the same command goes on from there{more}'
+        raise OSError(said) from error
 
 def _run(coroutine) -> None:
     "`asyncio.run`, also from a notebook, whose own loop is running."

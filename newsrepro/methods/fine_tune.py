@@ -27,8 +27,8 @@ from ..core.checkpoints import Backbone, MissingCheckpoint
 from ..data.collection import Collection
 from ..models.encoding import encode_pictures, encode_tokens
 from ..models.loader import Encoder, load_encoder, preprocessing, tokenizer
-from ..models.train import (HISTORY, PUBMEDCLIP, Pairs, Recipe, best_record, identity, load_pairs,
-                                    normaliser, settle, train, training_key)
+from ..models.train import (PUBMEDCLIP, Pairs, Recipe, alone_in, best_record, identity, load_pairs,
+                                    normaliser, read_trained, settle, train, training_key, write_trained)
 from ..ranking.metrics import rank_of_truth
 from ..ranking.pool import Pool, ranked
 from ..ranking.runs import ScoredList
@@ -279,7 +279,7 @@ def train_copy(start: Encoder,  # stays as it is
     model = copy.deepcopy(start.model)
     history = train(model, pairs, recipe, normaliser(start.backbone), progress, valid, folder, save_seconds)
     save_fine_tuned(folder, model, start.backbone)
-    with atomic_path(folder/HISTORY) as part: part.write_text(json.dumps(history), encoding='utf-8')
+    write_trained(folder, steps=history)
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #fine-tune
 def fine_tune(start: Encoder,  # stays as it is
@@ -293,11 +293,12 @@ def fine_tune(start: Encoder,  # stays as it is
              ) -> tuple[Encoder, list[dict]]:  # the fine-tuned encoder; one record a step
     "Train a copy of `start`, or take it from `root` where it was trained before; a killed run goes on."
     folder = Path(root)/model_key(start, pairs, valid, recipe)
-    if not (folder/HISTORY).is_file():
-        train_copy(start, pairs, valid, recipe, folder, progress, save_seconds)
-    settle(folder, keep_bytes)
-    tuned = load_fine_tuned(folder, start.backbone, start.device, start.precision)
-    return tuned, json.loads((folder/HISTORY).read_text(encoding='utf-8'))
+    with alone_in(folder):
+        if not (known := read_trained(folder)):
+            train_copy(start, pairs, valid, recipe, folder, progress, save_seconds)
+            known = read_trained(folder)
+        settle(folder, keep_bytes)
+        return load_fine_tuned(folder, start.backbone, start.device, start.precision), known['steps']
 
 # %% ../../nbs/methods/12_fine_tune.ipynb #label
 def label(encoder: Encoder,  # that was made here

@@ -21,8 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -348,11 +347,15 @@ def features_key(*parts  # arrays, texts and numbers, nested in any way
     return digest.hexdigest()[:24]
 
 # %% ../../nbs/methods/14_txv.ipynb #trained
-def _load_into(model: TxV, path: Path) -> list[dict]:  # history
-    with safe_open(path, 'pt') as file:
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        model.eval()
-        return json.loads(file.metadata()['history'])
+def _load_into(model: TxV, path: Path) -> list[dict] | None:  # history; None = no file, or a damaged one
+    try:
+        with safe_open(path, 'np') as file:
+            tensors, known = {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata()
+        if known['digest'] != features_key(list(tensors.items()), known['history']): return None
+    except Exception: return None
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+    model.eval()
+    return json.loads(known['history'])
 
 # %% ../../nbs/methods/14_txv.ipynb #trained-txv
 def trained_txv(root: Path,  # folder of trained networks
@@ -368,10 +371,12 @@ def trained_txv(root: Path,  # folder of trained networks
     with threads_for(model): threads = torch.get_num_threads()
     key = features_key(train, valid, asdict(recipe), start_key, torch.device(device).type, threads)
     path = root/f'{key}.safetensors'
-    if path.is_file(): return model, _load_into(model, path), key
+    if (known := _load_into(model, path)) is not None: return model, known, key
     model, history = train_txv(train, valid, recipe, start, device)
-    tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic_path(path) as part: save_file(tensors, part, {'history': json.dumps(history)})
+    tensors = {name: value.cpu().numpy() for name, value in sorted(model.state_dict().items())}
+    said = json.dumps(history)
+    with atomic_path(path) as part:
+        save_file(tensors, part, {'history': said, 'digest': features_key(list(tensors.items()), said)})
     return model, history, key
 
 # %% ../../nbs/methods/14_txv.ipynb #read-matrix

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CACHED', 'DTYPES', 'STEP', 'MANY', 'is_causal', 'text_lengths', 'encode_cut', 'encode_short', 'largest_tensor',
-           'runs_small', 'rows_at_once', 'batches', 'numerics', 'encode_batch', 'by_length', 'halved', 'encode_fitting',
-           'encode_stream', 'progress', 'encode_tokens', 'decoded', 'encode_pictures', 'encode', 'count_tokens']
+           'runs_small', 'rows_at_once', 'batches', 'numerics', 'encode_batch', 'by_length', 'is_memory_short',
+           'halved', 'encode_fitting', 'encode_stream', 'progress', 'encode_tokens', 'decoded', 'encode_pictures',
+           'encode', 'count_tokens']
 
 # %% ../../nbs/models/04a1_encoding.ipynb #imports
 import copy, os, sys
@@ -166,6 +167,11 @@ def by_length(model: torch.nn.Module,  # with `encode_text`
         yield places, tokens[places, :length]
 
 # %% ../../nbs/models/04a1_encoding.ipynb #encode-fitting
+def is_memory_short(error: Exception  # of torch or numpy
+                   ) -> bool:
+    "Whether a device had no memory left; the CPU's allocator says so in words alone."
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
 def halved(rows: int,  # that were too many for the memory
            where: str  # model and device, for the line
           ) -> int:  # rows to go on with
@@ -183,7 +189,8 @@ def encode_fitting(encoder: Encoder,  # whose model is asked
     "Embeddings of a batch, in halves until memory holds them; raises `InputError` where it never does."
     while True:
         try: return np.concatenate([encode_batch(encoder, part, rows) for part in batches(batch, rows)]), rows
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_short(error): raise
             rows = halved(rows, f'{encoder.backbone.name}: {encoder.device}')
 
 # %% ../../nbs/models/04a1_encoding.ipynb #encode-stream

@@ -20,7 +20,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from torch.autograd.function import once_differentiable
 
 from ..core.base import MINI_DIR, file_digest
-from ..core.checkpoints import Backbone, find_checkpoint, resolve_precision
+from ..core.checkpoints import (Backbone, check_digest, find_checkpoint, pinned_digest,
+                                        resolve_precision)
 from .weights import check_weights, read_weights
 
 # %% ../../nbs/models/04a0_loader.ipynb #mini-configurations
@@ -125,6 +126,7 @@ def load_encoder(backbone: Backbone,  # as `find_backbone` returns it
     "Find, check and load a checkpoint, never random weights; raises `MissingCheckpoint` or `InputError`."
     precision = resolve_precision(precision, device, backbone.published_precision)
     path = find_checkpoint(backbone, weights)
+    check_digest(path, pinned_digest(path, backbone))
     state = read_weights(path)
     model = build_model(backbone)
     check_weights(state, model, path, backbone.name)

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import BertWordPieceTokenizer
 
-from ..core.base import InputError, atomic_path
+from ..core.base import InputError
 from .heat_maps import cosine_cost, transport_cost, transport_plan
 from .single_stream import (Matcher, dropper, encode_pairs, load_picture, load_vilt, lowered,
                                             match_logits, save_vilt)
-from .train import (HISTORY, Checkpointer, Recipe, batch_order, digest, make_optimiser,
-                                    run_steps, seed_of, set_modes, settle, take_step, training_key)
+from .train import (Checkpointer, Recipe, alone_in, batch_order, digest, make_optimiser,
+                                    read_trained, run_steps, seed_of, set_modes, settle, take_step,
+                                    training_key, write_trained)
 
 # %% ../../nbs/models/07a_match.ipynb #recipe
 @dataclass(frozen=True)
@@ -529,16 +530,15 @@ def trained_matcher(start: Matcher,  # stays as it is
     "Train a copy of `start`, or take from `root` what was trained before; a run that was killed goes on."
     facts = match_identity(start, pairs, valid, recipe)
     folder = Path(root)/training_key(facts, start.model, 'match', 'single_stream', 'heat_maps', 'train')
-    if not (folder/HISTORY).is_file():
-        made, history = train_matcher(replace(start, model=copy.deepcopy(start.model)), pairs, recipe, valid,
-                                      folder, save_seconds, progress)
-        save_vilt(folder, made)
-        with atomic_path(folder/HISTORY) as part:
-            part.write_text(json.dumps(dict(untrained=made.untrained, fingerprint=made.fingerprint,
-                                            steps=history)), encoding='utf-8')
-        del made  # two copies of a large model are one too many
-    settle(folder, keep_bytes)
-    known = json.loads((folder/HISTORY).read_text(encoding='utf-8'))
-    found = load_vilt(str(folder), device=str(start.model.device))
-    return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'],
-                   untrained=tuple(known['untrained']), precision=start.precision), known['steps']
+    with alone_in(folder):
+        if not (known := read_trained(folder)):
+            mine = replace(start, model=copy.deepcopy(start.model))
+            made, history = train_matcher(mine, pairs, recipe, valid, folder, save_seconds, progress)
+            save_vilt(folder, made)
+            write_trained(folder, untrained=made.untrained, fingerprint=made.fingerprint, steps=history)
+            known = read_trained(folder)
+            del mine, made  # two copies of a large model are one too many
+        settle(folder, keep_bytes)
+        found = load_vilt(str(folder), device=str(start.model.device))
+        return replace(found, name=name, vocabulary=start.vocabulary, fingerprint=known['fingerprint'],
+                       untrained=tuple(known['untrained']), precision=start.precision), known['steps']

@@ -36,7 +36,7 @@ from ..core.base import InputError, atomic_path, file_digest
 from ..core.checkpoints import (REMEDY, VILT_FILES, VILT_MODELS, MissingCheckpoint, find_model,
                                         local_weights)
 from ..data.pictures import open_image
-from .encoding import halved
+from .encoding import halved, is_memory_short
 from .weights import read_weights, weights_digest
 from ..ranking.metrics import tie_order
 from ..ranking.retrieve import check_k, from_keys, to_keys
@@ -524,10 +524,15 @@ def _database(path: Path) -> sqlite3.Connection:
         db.execute('CREATE TABLE IF NOT EXISTS lists (chunks INTEGER PRIMARY KEY, keys BLOB)')
         db.commit()
         return db
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise InputError(f'{path}: no journal of scores ({error}); delete it to start anew') from None
 
 # %% ../../nbs/models/04a_single_stream.ipynb #journal
+def _sealed(data: bytes) -> bytes: return hashlib.sha256(data).digest() + data
+
+def _opened(sealed: bytes) -> bytes | None:  # None = damaged
+    return data if _sealed(data := sealed[32:]) == sealed else None
+
 class Journal:
     "Scores of finished units and lists of finished chunks in SQLite; raises `InputError` for another file."
     def __init__(self, path: Path):  # made where it does not exist
@@ -538,22 +543,31 @@ class Journal:
         "Let go of the file."
         self.db.close()
 
+    def _rows(self, query: str) -> list[tuple]:
+        try: return self.db.execute(query).fetchall()
+        except sqlite3.DatabaseError as error: self._refuse(error)
+
+    def _refuse(self, why):
+        raise InputError(f'{self.path}: damaged ({why}); delete it to start anew') from None
+
     def lists(self, shape: tuple[int, int]  # texts, k
              ) -> tuple[int, np.ndarray]:  # chunks done, keys int64 of `newsrepro.ranking.retrieve`
         "Where to go on."
-        if row := self.db.execute('SELECT chunks, keys FROM lists').fetchone():
-            return row[0], np.frombuffer(row[1], np.int64).reshape(shape)
-        return 0, np.full(shape, np.iinfo(np.int64).min)
+        rows = self._rows('SELECT chunks, keys FROM lists')
+        if not rows: return 0, np.full(shape, np.iinfo(np.int64).min)
+        if (keys := _opened(rows[0][1])) is None: self._refuse('its digest differs')
+        return rows[0][0], np.frombuffer(keys, np.int64).reshape(shape)
 
     def units(self) -> dict[int, np.ndarray]:  # scores by number of the unit
         "Finished units of the chunk at hand."
-        return {n: np.frombuffer(row, np.float32) for n, row in self.db.execute('SELECT * FROM units')}
+        opened = {n: _opened(row) for n, row in self._rows('SELECT * FROM units')}
+        return {n: np.frombuffer(row, np.float32) for n, row in opened.items() if row is not None}
 
     def add(self, number: int,  # of the unit
             scores: np.ndarray  # (pairs,) float32
            ) -> None:
         "Keep a finished unit."
-        with self.db: self.db.execute('REPLACE INTO units VALUES (?, ?)', (number, scores.tobytes()))
+        with self.db: self.db.execute('REPLACE INTO units VALUES (?, ?)', (number, _sealed(scores.tobytes())))
 
     def turn(self, chunks: int,  # done
              keys: np.ndarray  # (texts, k) int64
@@ -561,7 +575,7 @@ class Journal:
         "A chunk is done: keep the lists, forget its units."
         with self.db:
             for table in ('units', 'lists'): self.db.execute(f'DELETE FROM {table}')
-            self.db.execute('INSERT INTO lists VALUES (?, ?)', (chunks, keys.tobytes()))
+            self.db.execute('INSERT INTO lists VALUES (?, ?)', (chunks, _sealed(keys.tobytes())))
 
 # %% ../../nbs/models/04a_single_stream.ipynb #workers
 @contextmanager
@@ -659,7 +673,8 @@ def _work(models: SimpleQueue, ids: list[list[int]], pairs: tuple[np.ndarray, np
     try:
         while True:
             try: return _score(mine, ids, pairs, patches, batch_size)
-            except torch.OutOfMemoryError: pass
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory_short(error): raise
             batch_size = halved(batch_size, f'{mine.label}: {mine.model.device}')
     finally: models.put((mine, batch_size))
 

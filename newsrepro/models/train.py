@@ -9,14 +9,14 @@ __all__ = ['ALLOWED', 'RANGES', 'PUBMEDCLIP', 'PUBMEDCLIP_CODE', 'HISTORY', 'LIB
            'gathered', 'Batch', 'image_side', 'prepare', 'batch_stream', 'towers', 'seeded', 'backward', 'validate',
            'best_record', 'exhausted', 'digest', 'identity', 'save_checkpoint', 'load_checkpoint', 'refuse',
            'take_step', 'optimise', 'share_start', 'agree', 'Checkpointer', 'run_steps', 'train', 'size_of', 'prune',
-           'training_key', 'settle', 'plot_history']
+           'write_trained', 'alone_in', 'read_trained', 'training_key', 'settle', 'plot_history']
 
 # %% ../../nbs/models/07_train.ipynb #imports
-import hashlib, json, math, os, re, shutil, time
+import hashlib, json, math, os, re, shutil, time, zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock
 from matplotlib.figure import Figure
 from open_clip.transform import image_transform_v2
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -35,7 +36,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize, resized_
 from tqdm import tqdm
 
 from ..core.checkpoints import Backbone
-from ..core.base import PACKAGE, InputError, atomic_path, file_digest, package_version
+from ..core.base import (PACKAGE, InputError, atomic_path, file_digest, package_version, read_json,
+                                 write_json)
 from ..data.pictures import open_image
 from .loader import preprocessing, tokenizer
 from .encoding import encode_short
@@ -511,10 +513,13 @@ def save_checkpoint(path: Path,  # of the checkpoint
                     best: dict | None,  # state dict of the best validation so far
                     mark: dict[str, str]  # from `identity`
                    ) -> None:
-    "Write all that training needs to go on from here."
-    with atomic_path(path) as part:
-        torch.save(dict(mark=mark, model=model.state_dict(), optimiser=optimiser.state_dict(),
-                        history=history, best=best), part)
+    "Write all that training needs to go on from here; raises `OSError` where the disk is full."
+    kept = dict(mark=mark, model=model.state_dict(), optimiser=optimiser.state_dict(), history=history,
+                best=best)
+    with atomic_path(path) as part, part.open('wb') as file:
+        try: torch.save(kept, file)
+        except RuntimeError as error:  # torch hides what the system said, as of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 # %% ../../nbs/models/07_train.ipynb #load-checkpoint
 def load_checkpoint(path: Path,  # of the checkpoint
@@ -524,11 +529,14 @@ def load_checkpoint(path: Path,  # of the checkpoint
                    ) -> tuple[list[dict], dict | None]:  # history, best weights; empty without one
     "Restore model and optimiser; raises `InputError` for a damaged checkpoint or one of other settings."
     if not path.exists(): return [], None
-    try: kept = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()  # torch does not look at the sums
+        if damaged: raise zipfile.BadZipFile(damaged)
+        kept = torch.load(path, map_location='cpu', weights_only=True)
+        there = kept['mark']
     except Exception as e:
         raise InputError(f'{path}: damaged or no checkpoint ({type(e).__name__}); '
                          'delete it to start anew') from None
-    there = kept['mark']
     differ = [name + f' (there {there.get(name)}, here {mark[name]})'*name.startswith('recipe')
               for name in mark
               if there.get(name) != mark[name]]
@@ -739,6 +747,36 @@ def prune(root: Path,  # folder of all trained models
         total += size_of(folder)
         if total > keep_bytes: shutil.rmtree(folder, ignore_errors=True); gone.append(folder)
     return gone
+
+# %% ../../nbs/models/07_train.ipynb #trained
+def _trained_digest(folder: Path, known: dict) -> str:
+    whole = hashlib.sha256(json.dumps(known).encode())
+    for path in sorted(folder.rglob('*')):
+        other = path.name[0] == '.' or path.name in (HISTORY, 'checkpoint.pt') or path.is_dir()
+        if not other: whole.update(f'{path.relative_to(folder).as_posix()} {file_digest(path)} '.encode())
+    return whole.hexdigest()
+
+def write_trained(folder: Path,  # of a trained model, whose files are there
+                  **known  # what is to be read again: JSON-ready
+                 ) -> None:
+    "Write the record of a training."
+    known = json.loads(json.dumps(known))
+    write_json(folder/HISTORY, dict(known=known, sha256=_trained_digest(folder, known)))
+
+@contextmanager
+def alone_in(folder: Path  # of a trained model
+            ) -> Iterator[None]:
+    "Wait until no other process trains there; the lock lies beside the folder and goes with its holder."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f'.{folder.name}.lock')): yield
+
+def read_trained(folder: Path  # of a trained model
+                ) -> dict | None:  # what `write_trained` was given
+    "The record of a training; None where there is none, or record or files are damaged."
+    try:
+        record = read_json(folder/HISTORY)
+        return record['known'] if record['sha256'] == _trained_digest(folder, record['known']) else None
+    except (TypeError, KeyError): return None
 
 # %% ../../nbs/models/07_train.ipynb #training-key
 LIBRARIES = ('torch', 'open_clip_torch', 'transformers')

@@ -15,7 +15,7 @@ from threading import Event, Thread
 from typing import Any
 
 from ..core.base import cache_dir, clone_root, read_json, source_commit, write_json
-from .plan import Job, read_job, record_digest, stamp
+from .plan import Job, read_job, read_record, record_digest, stamp, write_record
 
 # %% ../../nbs/study/25a_job.ipynb #tools
 def tools_dir() -> Path:
@@ -54,17 +54,20 @@ def process_mark(
 ) -> str:
     "A process id that cannot be mistaken for a later process with the same number."
     import psutil
-    return f'{(process := psutil.Process(pid)).pid} {process.create_time()}'
+    process = psutil.Process(pid)
+    since_boot = process.create_time() - psutil.boot_time()  # stays where somebody sets the clock
+    return f'{process.pid} {process.create_time()} {since_boot:.2f}'
 
 def is_alive(
     mark: str,  # of `process_mark`
 ) -> bool:
     "Whether the process behind a mark still runs."
     import psutil
-    pid, born = mark.split()
+    pid, *born = mark.split()
     try:
-        process = psutil.Process(int(pid))
-        return process.create_time() == float(born) and process.status() != psutil.STATUS_ZOMBIE
+        own = process_mark(int(pid)).split()[1:]
+        known = any(there == here for there, here in zip(born, own))
+        return known and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
 
 # %% ../../nbs/study/25a_job.ipynb #kill-tree
@@ -153,7 +156,7 @@ def _move_in(job: Job) -> list[str]:
     made = staging/'out'
     moves = {path.relative_to(made).as_posix(): path for path in sorted(made.rglob('*')) if path.is_file()}
     moves[f'notebooks/{job.name}.ipynb'] = staging/'notebook.ipynb'
-    earlier = (read_json(job.file('results')) or {}).get('files', {})
+    earlier = (read_record(job.file('results')) or {}).get('files', {})
     for name, path in moves.items():
         (out/name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, out/name)
@@ -176,8 +179,7 @@ def publish(
     after = {name: record_digest(job.state, name) for name in job.after}
     record = dict(identity=job.identity, after=after, files=files, command=job.command, provenance=provenance,
                   **measured)
-    write_json(job.file('results'), record)
-    return record
+    return write_record(job.file('results'), record)
 
 # %% ../../nbs/study/25a_job.ipynb #set-aside
 def set_aside(

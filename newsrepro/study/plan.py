@@ -6,9 +6,9 @@
 __all__ = ['LIBRARIES', 'Request', 'closest', 'choose', 'parse_set', 'existing_folder', 'check_several', 'collections_asked',
            'data_for', 'imported_modules', 'code_files', 'notebook_source', 'code_identity', 'folder_identity',
            'library_versions', 'identity_of', 'Job', 'make_job', 'check_profile', 'core_values', 'report_folder',
-           'refuse_other_data', 'make_plan', 'stamp', 'is_intact', 'record_digest', 'why_stale', 'stale_jobs',
-           'write_plan', 'run_order', 'read_job', 'read_study', 'request_from_config', 'make_manifest', 'current_state',
-           'overview']
+           'write_record', 'read_record', 'refuse_other_data', 'make_plan', 'stamp', 'is_intact', 'record_digest',
+           'why_stale', 'stale_jobs', 'write_plan', 'run_order', 'read_job', 'read_study', 'request_from_config',
+           'make_manifest', 'current_state', 'overview']
 
 # %% ../../nbs/study/25_plan.ipynb #imports
 import ast, hashlib, json, os, platform, re
@@ -323,12 +323,34 @@ def report_folder(
         raise InputError(f'--out {folder}: holds files that are no report; name a new or empty folder')
     return folder
 
+# %% ../../nbs/study/25_plan.ipynb #record
+def _digest_of(record: Mapping) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+def write_record(
+    path: Path,  # of the record
+    record: Mapping[str, Any],  # of a result
+) -> dict[str, Any]:  # as `read_record` reads it
+    "Keep a record with its digest."
+    record = json.loads(json.dumps(record))
+    write_json(path, record | dict(sha256=_digest_of(record)))
+    return record
+
+def read_record(
+    path: Path,  # of the record
+) -> dict[str, Any] | None:
+    "The record of a result; None where there is none or it is damaged."
+    record = read_json(path)
+    if not isinstance(record, dict): return None
+    digest = record.pop('sha256', '')
+    return record if digest == _digest_of(record) else None
+
 # %% ../../nbs/study/25_plan.ipynb #refuse-other-data
 def refuse_other_data(
     job: Job,  # that is to run
 ) -> None:
     "Raise `InputError` where the report holds a result of the same notebook from another collection."
-    made_from = (read_json(job.file('results')) or {}).get('identity')
+    made_from = (read_record(job.file('results')) or {}).get('identity')
     if job.lacks or not made_from or made_from['data'] == job.identity['data']: return
     there, here = (identity['parameters'].get('data') for identity in (made_from, job.identity))
     if there != here:
@@ -359,17 +381,17 @@ def make_plan(
 # %% ../../nbs/study/25_plan.ipynb #stamp
 def stamp(
     path: Path,  # a file
-) -> dict[str, Any]:  # size, mtime_ns, sha256
-    "Size, modification time and SHA-256 of a file."
-    return dict(size=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns, sha256=file_digest(path))
+) -> dict[str, Any]:  # size, sha256
+    "Size and SHA-256 of a file."
+    return dict(size=path.stat().st_size, sha256=file_digest(path))
 
 def is_intact(
     path: Path,  # a file
     known: Mapping[str, Any],  # its earlier `stamp`
 ) -> bool:
     "Whether the file still has the content it had."
-    if not path.is_file() or (stat := path.stat()).st_size != known['size']: return False
-    return stat.st_mtime_ns == known['mtime_ns'] or stamp(path)['sha256'] == known['sha256']
+    if not path.is_file() or path.stat().st_size != known['size']: return False
+    return file_digest(path) == known['sha256']  # its time would not tell of a disk that forgets
 
 # %% ../../nbs/study/25_plan.ipynb #record-digest
 def record_digest(
@@ -377,15 +399,14 @@ def record_digest(
     name: str,  # of a notebook
 ) -> str:  # SHA-256
     "Digest of the record of a result, which its readers keep."
-    record = read_json(state/'results'/f'{name}.json')
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return _digest_of(read_record(state/'results'/f'{name}.json'))
 
 # %% ../../nbs/study/25_plan.ipynb #why-stale
 def why_stale(
     job: Job,  # as it would run now
 ) -> str:  # '' = up to date
     "Why the result of `job` is not what a run would make now."
-    record = read_json(job.file('results'))
+    record = read_record(job.file('results'))
     if record is None: return 'failed' if job.file('failed').is_file() else 'never run'
     identity = json.loads(json.dumps(job.identity))  # lists for tuples, as the record has them
     changed = [part for part, value in identity.items() if record['identity'].get(part) != value]
@@ -420,6 +441,7 @@ def write_plan(
     state = plan[0].state
     for job in plan:
         write_json(job.file('settings'), asdict(job))
+        os.utime(job.file('settings'), (1, 1))  # older than any marker, whatever was done to the clock
         marker = job.file('done', '')
         marker.parent.mkdir(parents=True, exist_ok=True)
         if job.name in stale:
@@ -501,7 +523,7 @@ def make_manifest(
     notebooks: Sequence[Notebook] = NOTEBOOKS,  # the study
 ) -> dict[str, Any]:  # JSON-ready
     "What `manifest.json` says: each notebook with a result, and above them the latest one's settings."
-    records = {n.name: read_json(out/'.state'/'results'/f'{n.name}.json') for n in notebooks}
+    records = {n.name: read_record(out/'.state'/'results'/f'{n.name}.json') for n in notebooks}
     entries = {name: _entry(record) for name, record in records.items() if record}
     latest = max(entries.values(), key=lambda entry: entry['began'], default={})
     own = latest.get('parameters', {})
@@ -520,7 +542,7 @@ def current_state(
     out: Path,  # the report's folder
 ) -> tuple[str, str | None]:  # 'up to date', 'never run', 'failed' or 'stale: …'; the data it was made from
     "What there is of a notebook, judged by the settings that the result was made with."
-    record = read_json(out/'.state'/'results'/f'{notebook.name}.json')
+    record = read_record(out/'.state'/'results'/f'{notebook.name}.json')
     asked = record['identity']['parameters'] if record else {}
     data = asked.get('data')
     declared = notebook_parameters(folder/f'{notebook.name}.ipynb')

@@ -24,8 +24,8 @@ from .job import child_environment, kill_tree, process_mark, tools_dir
 from .needs import (KINDS_OF_WORK, Model, Needs, Part, Rates, Requirement, asked_of_data,
                                    check_against_data, duration, estimate, facts_of, lines, locate_all,
                                    measured_rates, models_of, projected_seconds, refuse_missing, unmet)
-from .plan import (Job, Request, make_manifest, make_plan, read_study, request_from_config,
-                                  run_order, stale_jobs, write_plan)
+from .plan import (Job, Request, make_manifest, make_plan, read_record, read_study,
+                                  request_from_config, run_order, stale_jobs, write_plan)
 from .registry import NOTEBOOKS, PAPER_LAYOUT, Notebook, resolve_device
 
 # %% ../../nbs/study/25b_reproduce.ipynb #models-needed
@@ -256,7 +256,7 @@ def outcome(
     job: Job,  # of the plan
 ) -> tuple[str, dict[str, Any]]:  # 'done', 'failed', 'running' or 'waiting', and what it left
     "How far a job of this run is."
-    if job.file('done', '').is_file(): return 'done', read_json(job.file('results')) or {}
+    if job.file('done', '').is_file(): return 'done', read_record(job.file('results')) or {}
     if job.file('failed').is_file(): return 'failed', read_json(job.file('failed')) or {}
     if (now := read_json(job.file('running'))) is not None: return 'running', now
     return 'waiting', {}

@@ -11,7 +11,7 @@ __all__ = ['LANGUAGES', 'SELECTIONS', 'detect_languages', 'paragraphs', 'sentenc
 # %% ../../nbs/text/01_language.ipynb #imports
 import csv, hashlib, re, sqlite3, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.checkpoints import MARIAN_FILES, find_model, model_name
+from ..core.checkpoints import MARIAN_FILES, check_digest, find_model, hub_digest, model_name
 from ..core.base import InputError, atomic_path, file_digest, read_json
 from ..data.tables import read_table
 
@@ -75,40 +75,49 @@ def sentences(text: str,  # one paragraph
     return [sentence for part in found if (sentence := part.strip())]
 
 # %% ../../nbs/text/01_language.ipynb #translation-memory
+def _pair_digest(*parts: str) -> str: return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
+
 class TranslationMemory:
     "Translations on disk, keyed by model and text; safe against a kill and against other processes."
     def __init__(self, path: str | Path):  # SQLite file, made where there is none
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as db, db:
-            db.execute('CREATE TABLE IF NOT EXISTS translations '
-                       '(model TEXT, text TEXT, translation TEXT, PRIMARY KEY (model, text)) WITHOUT ROWID')
+            db.execute('CREATE TABLE IF NOT EXISTS translated (model TEXT, text TEXT, translation TEXT, '
+                       'sha256 TEXT, PRIMARY KEY (model, text)) WITHOUT ROWID')
 
+    @contextmanager
     def _open(self):
-        return closing(sqlite3.connect(self.path, timeout=60))
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as db: yield db
+        except sqlite3.OperationalError: raise  # locked, or no room
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            said = 'delete it, and what is needed is translated again'
+            raise InputError(f'{self.path}: damaged ({error}); {said}') from None
 
     def find(self, model: str,  # label of a translator
              texts: Iterable[str]  # whole texts or sentences
             ) -> dict[str, str]:
-        "Those of `texts` that `model` has translated."
-        query = 'SELECT translation FROM translations WHERE model = ? AND text = ?'
+        "Those of `texts` that `model` has translated, undamaged."
+        query = 'SELECT text, translation, sha256 FROM translated WHERE model = ? AND text = ?'
         with self._open() as db:
-            rows = ((text, db.execute(query, (model, text)).fetchone()) for text in set(texts))
-            return {text: row[0] for text, row in rows if row}
+            rows = [db.execute(query, (model, text)).fetchone() for text in set(texts)]
+        return {row[0]: row[1] for row in rows if row and _pair_digest(model, *row[:2]) == row[2]}
 
     def add(self, model: str,  # label of a translator
             translations: Mapping[str, str]  # by text
            ) -> None:
         "Keep `translations`; all of them or none."
-        rows = [(model, *pair) for pair in translations.items()]
-        insert = 'INSERT OR REPLACE INTO translations VALUES (?, ?, ?)'
+        rows = [(model, *pair, _pair_digest(model, *pair)) for pair in translations.items()]
+        insert = 'INSERT OR REPLACE INTO translated VALUES (?, ?, ?, ?)'
         with self._open() as db, db: db.executemany(insert, rows)
 
     def all(self, model: str  # label of a translator
            ) -> dict[str, str]:
         "Everything that `model` has translated, by text in order."
-        query = 'SELECT text, translation FROM translations WHERE model = ? ORDER BY text'
-        with self._open() as db: return dict(db.execute(query, (model,)))
+        query = 'SELECT text, translation, sha256 FROM translated WHERE model = ? ORDER BY text'
+        with self._open() as db: rows = db.execute(query, (model,)).fetchall()
+        return {row[0]: row[1] for row in rows if _pair_digest(model, *row[:2]) == row[2]}
 
 # %% ../../nbs/text/01_language.ipynb #translation-tables
 def write_translations(path: str | Path,  # CSV table to be written
@@ -137,6 +146,7 @@ def load_marian(folder: Path  # as `find_model` returns it
                ) -> tuple:  # model in evaluation mode, tokenizer
     "A Marian model, complete or refused by `InputError`."
     from transformers import MarianMTModel, MarianTokenizer
+    for path in folder.iterdir(): check_digest(path, hub_digest(path))
     try:
         model, report = MarianMTModel.from_pretrained(folder, local_files_only=True, output_loading_info=True,
                                                       dtype='float32')
