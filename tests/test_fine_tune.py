@@ -43,7 +43,7 @@ def pairs(n, side):
     tokens[:, 1:5] = torch.randint(1, 1500, (n, 4), generator=draw)
     pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=draw)
     return Pairs(pixels, tokens, ids, ids)
-learn, valid = pairs(40, 63), pairs(12, 56)
+learn, valid = pairs(40, 72), pairs(12, 64)
 recipe = Recipe(steps=30, batch_size=8, rate=1e-3, warmup=2, keep='loss', validate_every=5)
 '''
 
@@ -70,7 +70,7 @@ def test_reloads_under_its_activation(toy, tmp_path):
     "open_clip #771: the same weights under the architecture's plain name run with GELU, silently."
     start, *_ = toy
     file = save_fine_tuned(tmp_path, start.model, ENTRY)
-    pixels = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     right = images(copy.deepcopy(start.model), pixels)
     plain = open_clip.create_model(ENTRY.model, pretrained=str(file))
     assert not torch.allclose(images(plain, pixels), right, atol=1e-3), 'the trap is gone'

@@ -31,7 +31,7 @@ CHILDREN = multiprocessing.get_context('forkserver')  # imports torch once for a
 CHILDREN.set_forkserver_preload(['newsrepro.models.train'])
 
 
-def some_pairs(n=24, side=60):
+def some_pairs(n=24, side=72):
     "Noise with a few twins in it."
     draw = torch.Generator().manual_seed(1)
     tokens = torch.zeros(n, 77, dtype=torch.int64)
@@ -105,7 +105,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(chunk):
     for size in (0, chunk):
         recipe = Recipe(1, batch_size=24, image_weight=.7, augment='crop', chunk=size)
         set_modes(model, recipe), model.zero_grad()
-        loss = backward(model, next(batch_stream(pairs, recipe, 56)), recipe, NORMALISE)
+        loss = backward(model, next(batch_stream(pairs, recipe, 64)), recipe, NORMALISE)
         gradients.append((loss, [p.grad.clone() for p in model.parameters()]))
     assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-5)
     for a, b in zip(gradients[0][1], gradients[1][1]): torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -268,7 +268,7 @@ def test_a_box_of_a_pressed_picture_is_that_box_of_the_picture(tmp_path, size):
         boxes = draw_boxes(1, 256, Recipe(1, augment='crop', least_window=.08), step, pairs.aspects)
         top, left, high, wide, mirrored = boxes[0]
         middle = np.array([left + wide/2, top + high/2])/256*255
-        found = cut(pairs.pixels, boxes, 56)[0, :2].float().mean((1, 2)).numpy()
+        found = cut(pairs.pixels, boxes, 64)[0, :2].float().mean((1, 2)).numpy()
         np.testing.assert_allclose(found, middle, atol=3)
         uncut = high < 256 and wide < 256
         assert not uncut or 3/4 - .1 < wide*width/(high*height) < 4/3 + .1

@@ -29,7 +29,7 @@ def same_bits(one, other):
 
 def some_pool(start, draw):
     ids = tuple(map(str, range(13)))
-    pixels = torch.randint(0, 256, (13, 3, 56, 56), dtype=torch.uint8, generator=draw)
+    pixels = torch.randint(0, 256, (13, 3, 64, 64), dtype=torch.uint8, generator=draw)
     tokens = start.tokenize([f'text {i}' for i in ids])
     return DecodedPool(Pool.of(ids, ids, dict(zip(ids, ids))), tokens, pixels)
 
