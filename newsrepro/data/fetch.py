@@ -29,6 +29,7 @@ from PIL import Image
 from tenacity import (AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt,
                       wait_random_exponential)
 
+# %% ../../nbs/data/09a_fetch.ipynb #own-imports
 from ..core.base import InputError, atomic_path, file_digest
 from .layouts import read_collection
 from .pictures import (MAX_PIXELS, PICTURE_SUFFIXES, decode_whole, is_for_pictures, open_image,

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 
+# %% ../../nbs/methods/14_txv.ipynb #own-imports
 from ..core.base import InputError, atomic_path
 from ..core.threads import threads_for
 from ..data.layouts import read_collection

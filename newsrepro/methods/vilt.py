@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 
+# %% ../../nbs/methods/10_vilt.ipynb #own-imports
 from ..core.base import InputError
 from ..data.collection import Collection
 from ..data.pictures import open_image

@@ -197,7 +197,8 @@ def read_scores(
             raise InputError(f'{path} line {number}: {wanted}') from None
         first = first or ranked_by
         if ranked_by != first:
-            raise InputError(f'{path} line {number}: ranked by {ranked_by!r}, line 1 by {first!r}; one kind a file')
+            raise InputError(f'{path} line {number}: ranked by {ranked_by!r}, line 1 by {first!r}; '
+                             'one kind a file')
     return lists, first
 
 # %% ../../nbs/ranking/03_runs.ipynb #read-scored-run

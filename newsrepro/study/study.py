@@ -23,6 +23,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# %% ../../nbs/study/06a_study.ipynb #own-imports
 from ..core.base import (PACKAGE, InputError, atomic_path, cache_dir, notebooks_dir, source_commit,
                                  write_json)
 from ..data.collection import Collection
@@ -400,7 +401,7 @@ def save_run(s: Settings,  # of the notebook
              dataset: str,  # as of `run_file`
              run: str,  # as of `run_file`
              retrieved: Mapping[str, Sequence[str]],  # article id -> image ids, best first
-             ranked_by: str = ''  # what the scores of `ScoredList`s are, such as 'cosine'; '' = none are kept
+             ranked_by: str = ''  # what a `ScoredList` is ranked by, such as 'cosine'; '' = none kept
             ) -> Path:
     "Write `runs/<paper>/<dataset>-<run>.tsv`, scores beside it as `.jsonl`; returns the run file's path."
     target = s.out_dir/'runs'/s.notebook.paper/run_file(dataset, run)
