@@ -85,7 +85,7 @@ RECIPES = MappingProxyType(dict(original=ORIGINAL, task=ORIGINAL_TASK, retrieval
                                 mini=dict(epochs=4., batch_size=32, rate=1e-4, warmup=.1)))
 PRESETS = MappingProxyType({
     'paper': dict(recipe='original', articles=0, holdout=0., progress=True),
-    'mini': dict(recipe='mini', articles=60, holdout=.1, progress=False)})
+    'mini': dict(recipe='mini', articles=50, holdout=.1, progress=False)})
 
 # %% ../../nbs/methods/10_vilt.ipynb #stated-fields
 # parameter -> field of the recipe, and the value that leaves it to the recipe
