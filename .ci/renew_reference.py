@@ -36,7 +36,7 @@ def with_work(manifest: dict) -> dict:
 
 def as_jpeg(data: dict) -> dict:
     "An output's forms, a large picture (of photographs) as JPEG, which takes a fifth."
-    if len(data.get('image/png', '')) < 200_000: return data
+    if len(data.get('image/png', '')) < 100_000: return data
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(base64.b64decode(data['image/png']))) as image:
         image.convert('RGB').save(buffer, 'JPEG', quality=88)

@@ -351,12 +351,13 @@ def features_key(*parts  # arrays, texts and numbers, nested in any way
 def _load_into(model: TxV, path: Path) -> list[dict] | None:  # history; None = no file, or a damaged one
     try:
         with safe_open(path, 'np') as file:
-            tensors, known = {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata()
-        if known['digest'] != features_key(list(tensors.items()), known['history']): return None
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            history, digest = json.loads(file.metadata()['record'])
+        if digest != features_key(list(tensors.items()), json.dumps(history)): return None
     except Exception: return None
     model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     model.eval()
-    return json.loads(known['history'])
+    return history
 
 # %% ../../nbs/methods/14_txv.ipynb #trained-txv
 def trained_txv(root: Path,  # folder of trained networks
@@ -375,9 +376,9 @@ def trained_txv(root: Path,  # folder of trained networks
     if (known := _load_into(model, path)) is not None: return model, known, key
     model, history = train_txv(train, valid, recipe, start, device)
     tensors = {name: value.cpu().numpy() for name, value in sorted(model.state_dict().items())}
-    said = json.dumps(history)
+    record = history, features_key(list(tensors.items()), json.dumps(history))
     with atomic_path(path) as part:
-        save_file(tensors, part, {'history': said, 'digest': features_key(list(tensors.items()), said)})
+        save_file(tensors, part, {'record': json.dumps(record)})  # several entries would lie in any order
     return model, history, key
 
 # %% ../../nbs/methods/14_txv.ipynb #read-matrix

@@ -460,12 +460,14 @@ def run_order(
     after: Mapping[str, Sequence[str]],  # name -> those it reads from
     jobs: int = 1,  # notebooks side by side
 ) -> list[str]:  # names
-    "The cheapest that can begin, as it soon gives something to see; then, side by side, the longest chains."
+    "One that soon gives something to see, and what waits for it; then, side by side, the longest chains."
     known = [name for name in seconds if seconds[name] == seconds[name]]
     readers = {name: [one for one in known if name in after.get(one, ())] for name in known}
     def chain(name: str) -> float: return seconds[name] + max(map(chain, readers[name]), default=0.)
     free = [name for name in known if not set(after.get(name, ())) & set(seconds)]
-    first = sorted(free, key=seconds.get)[:1]
+    cheapest = min((seconds[name] for name in free), default=0.)
+    soon = [name for name in free if seconds[name] <= (1.5*cheapest if jobs > 1 else cheapest)]
+    first = sorted(soon, key=chain, reverse=True)[:1]
     rest = sorted((name for name in known if name not in first), key=seconds.get if jobs == 1 else chain,
                   reverse=jobs > 1)
     return first + rest
