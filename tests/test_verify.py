@@ -166,7 +166,7 @@ def test_a_dry_run_of_the_mini_study_counts_and_writes_nothing(tmp_path):
     assert [one['state'] for one in plan['notebooks']] == ['never run']*6 and plan['estimates'] is True
     assert 60 < plan['seconds'] < 3600 and plan['to_fetch_megabytes'] == 0
     assert {model['place'] for model in plan['models']} == {'package'}
-    assert len(plan['models']) == 9 + 1 + 1  # CLIP, ViLT, translator
+    assert len(plan['models']) == 10 + 1 + 1  # CLIP, ViLT, translator
     assert all(one['work']['images'] > 0 and one['seconds'] > 1 for one in plan['notebooks'])
     shown = newsrepro('reproduce', '--dry-run', '--out', tmp_path/'out')
     assert shown.returncode == 0
@@ -216,7 +216,7 @@ def test_a_notebook_whose_data_are_not_there_is_skipped_with_a_reason(folder, tm
     ('13_wise_ft.seeds=0', 'in [1, inf)'),
     ('13_wise_ft.option_sets=XX', 'XX is no set'),
     ('14_txv.batch_size=1', 'in [2, inf)'),
-    ('14_txv.backbone=RN101', 'two different ones'),
+    ('14_txv.backbone=ViT-B/32', 'two different ones'),
     ('14_txv.extra_image=timm:x', 'both or neither'),
     ('15_dual_softmax.seed=-1', 'in [0, inf)'),
 ])
