@@ -29,3 +29,18 @@ def newsimages2021(request):
     "A folder in the layout of 2021: the generated collection, and the organisers' texts."
     from newsrepro.study.study import mini_root
     return OFFICIAL if request.param == 'official' else mini_root()/'newsimages2021'
+
+
+def nothing_may_be_absent(report):
+    "Where NEWSREPRO_NO_SKIP is set, as in the CI job that installs browser, Ray and queue, a skip is a failure."
+    if os.environ.get('NEWSREPRO_NO_SKIP') and report.skipped:
+        report.outcome, report.longrepr = 'failed', f'skipped where nothing may be: {report.longrepr}'
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call): return nothing_may_be_absent((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector): return nothing_may_be_absent((yield))
