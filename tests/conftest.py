@@ -32,7 +32,7 @@ def newsimages2021(request):
 
 
 def nothing_may_be_absent(report):
-    "Where NEWSREPRO_NO_SKIP is set, as in the CI job that installs browser, Ray and queue, a skip is a failure."
+    "Where NEWSREPRO_NO_SKIP is set, as in the CI job with browser, Ray and queue, a skip is a failure."
     if os.environ.get('NEWSREPRO_NO_SKIP') and report.skipped:
         report.outcome, report.longrepr = 'failed', f'skipped where nothing may be: {report.longrepr}'
     return report

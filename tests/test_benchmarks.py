@@ -56,7 +56,8 @@ def test_recall_is_alike(tmp_path):
     best = (texts @ encoder.model.encode_image(pixels, normalize=True).T).topk(10).indices
     recall = (best == torch.arange(20)[:, None]).any(1).float().mean().item()
     assert 0 < recall < 1
-    for own in found('zero-shot retrieval, ViT-B/32', 20, tmp_path).values(): assert own == pytest.approx(recall)
+    for own in found('zero-shot retrieval, ViT-B/32', 20, tmp_path).values():
+        assert own == pytest.approx(recall)
 
 
 def test_both_ways_of_training_run(tmp_path):
