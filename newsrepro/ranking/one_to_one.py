@@ -89,10 +89,11 @@ def exp_sums(q: torch.Tensor,  # (n, dim) unit rows
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # by row, by column, a column's largest
     "Sums by row and by column of `fill`(logits - `shift`); float32 within a block, float64 across."
     offset = torch.full((len(c),), shift, device=c.device) if shift else None
-    job = lambda rows: _block_sums(rows, c, temperature, sizes[1], offset, fill)
+    squarer = 4*sizes[0], -(-sizes[1]//4)  # sums go both ways
+    job = lambda rows: _block_sums(rows, c, temperature, squarer[1], offset, fill)
     rows, columns = [], torch.zeros(len(c), dtype=torch.float64, device=c.device)
     peaks = c.new_zeros(len(c))
-    for _, (by_row, by_column, peak) in over_queries(job, q, sizes[0], c.device):
+    for _, (by_row, by_column, peak) in over_queries(job, q, squarer[0], c.device):
         rows.append(by_row)
         columns += by_column
         peaks = torch.maximum(peaks, peak)
@@ -128,7 +129,8 @@ def log_sums(q: torch.Tensor,  # (n, dim) unit rows
     if shift < 2*HEADROOM:
         rows, columns, peaks = exp_sums(q, c, temperature, sizes, shift, torch.Tensor.exp_)
         lost = 1.2e-38/1e-7  # exponentials below float32's least number are 0: harmless in a sum far above
-        if rows.min() > len(c)*lost and columns.min() > len(q)*lost:
+        known = rows.min() > len(c)*lost and columns.min() > len(q)*lost
+        if known and max(rows.max(), columns.max()) < torch.inf:
             return shift + rows.log(), shift + columns.log(), (peaks/columns).sqrt()
     logits = lambda rows: rows.double() @ c.double().T/temperature
     return *exact_log_sums(logits, q, len(c), sizes[0], c.device), even

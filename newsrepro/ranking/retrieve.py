@@ -191,7 +191,7 @@ def search_rows(rows: torch.Tensor,  # (queries, dim)
     return lists.best()
 
 # %% ../../nbs/ranking/05_retrieve.ipynb #block-sizes
-BLOCKS = {'cpu': (1024, 4096), 'cuda': (8192, 32768)}  # queries and candidates a block: 16 MB, 1 GB
+BLOCKS = {'cpu': (256, 4096), 'cuda': (8192, 8192)}  # queries and candidates a block: 4 MB, 256 MB
 
 def block_sizes(device: str,  # such as 'cpu' or 'cuda:0'
                 query_block: int,  # queries; 0 = the device's usual
@@ -321,7 +321,7 @@ class Rounded:
     def __init__(self, c: torch.Tensor,  # (m, dim) unit rows, on the device
                  handicap: np.ndarray,  # float64 (m,)
                  wrong: float = 0.,  # by how much a handicap may be
-                 size: int = 2**14):  # rows at a time
+                 size: int = 2**10):  # rows at a time
         self.mean, self.wrong = c.mean(0).double(), wrong
         self.unit = 2**-23 if c.is_cuda else 2**-8  # by which share a product is rounded
         self.c = c.new_empty((len(c), c.shape[1] + 2), dtype=torch.bfloat16)
@@ -421,7 +421,8 @@ def rounded_search(q: torch.Tensor,  # (n, dim) unit rows
                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores float64, places, which queries
     "The k best in float64 of each query that is not crowded."
     value, found = torch.from_numpy(handicap).to(c.device), []
-    job = lambda rows: best_of(rows, c, *shortlist_rows(rows, rounded, k, sizes[1]), value, k)
+    wide = 4*sizes[1]  # few long rows: a list is near its end after the first block
+    job = lambda rows: best_of(rows, c, *shortlist_rows(rows, rounded, k, wide), value, k)
     for _, result in over_queries(job, q, sizes[0], c.device): found.append([x.cpu().numpy() for x in result])
     scores, places = map(np.concatenate, zip(*found))
     settled = (places[:, 0] >= 0).nonzero()[0]
