@@ -1,4 +1,5 @@
-"""Every process the tests start keeps its caches inside the clone; nothing lands in the user's home."""
+"""Every process the tests start keeps its caches inside the clone; nothing lands in the user's home. Files of
+tests are shared out to processes."""
 import os
 from pathlib import Path
 
@@ -16,6 +17,23 @@ for variable, folder in {'IPYTHONDIR': 'ipython', 'JUPYTER_CONFIG_DIR': 'jupyter
     (TOOLS/folder).mkdir(parents=True, exist_ok=True)
 os.environ |= {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_WAIT_POLICY': 'PASSIVE',
                'NUMBA_DISABLE_JIT': '1'}  # compiling ranx takes longer than all that is asked of it
+os.environ.pop('COLUMNS', None)  # how wide the terminal is, is not what is tested
+
+LONGEST_FIRST = ('test_study', 'test_reproduce', 'test_source', 'test_embed', 'test_verify')
+WORKER_MEMORY = 6*2**30  # bytes that the largest models of a process and its children take
+
+
+def pytest_xdist_auto_num_workers(config):
+    "As many processes as cores and memory allow, at most four; 0 runs the tests in this one."
+    memory = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    workers = min(4, len(os.sched_getaffinity(0)), memory//WORKER_MEMORY)
+    return workers if workers > 1 else 0
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files first, so that no process is left with one at the end."
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 # the organisers' texts, which nobody may hand on

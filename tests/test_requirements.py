@@ -25,6 +25,7 @@ BEHIND = {
     'sacremoses': "Marian's tokenizer in transformers",
 }
 BEHIND_TESTS = {'nbdev': 'exports and tests the notebooks', 'ruff': 'checks what nobody uses',
+                'pytest-xdist': 'runs the tests side by side',
                 'execnb': 'nbdev runs notebooks with it, and newer ones break it'}
 BEHIND_DOCS = {'sphinx': 'builds the documentation', 'myst-nb': 'lets it read notebooks', 'furo': 'its looks'}
 

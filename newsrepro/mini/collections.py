@@ -37,7 +37,7 @@ class World:
     rss: tuple[int, int] = (1000, 520)    # English
     rt: tuple[int, int] = (1100, 520)     # German
     tw: tuple[int, int] = (2200, 520)     # English tweets
-    captions: int = 9000          # captioned pictures
+    captions: int = 1000          # captioned pictures
     german_captions: float = .25  # share of German captions
     press: float = .65      # share of captioned pictures that a press line describes too
     named: float = .97      # chance that the opening names one visible kind of object
