@@ -155,10 +155,11 @@ def data_for(
     return next(iter(layouts)), ''
 
 # %% ../../nbs/study/25_plan.ipynb #imported-modules
+@cache
 def imported_modules(
     source: str,  # Python source
     module: str = '',  # dotted name of its module, to which relative imports refer
-) -> set[str]:  # dotted names; some may be functions of the module before the last dot
+) -> frozenset[str]:  # dotted names; some may be functions of the module before the last dot
     "What Python `source` imports from this package, wherever the import stands; notebook magics are skipped."
     found = set()
     for node in ast.walk(ast.parse(re.sub(r'(?m)^(\s*)[%!].*$', r'\1pass', source))):
@@ -166,7 +167,7 @@ def imported_modules(
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name('.'*node.level + (node.module or ''), module.rpartition('.')[0])
             found |= {base, *(f'{base}.{alias.name}' for alias in node.names)}
-    return {name for name in found if name.startswith('newsrepro.')}
+    return frozenset(name for name in found if name.startswith('newsrepro.'))
 
 # %% ../../nbs/study/25_plan.ipynb #code-files
 def code_files(
@@ -174,7 +175,7 @@ def code_files(
     package: Path = PACKAGE,  # where the modules lie
 ) -> list[Path]:  # in the order of their names
     "Every module of the package that `source` needs."
-    queue, found = imported_modules(source), {}
+    queue, found = set(imported_modules(source)), {}
     while queue:
         name = queue.pop()
         path = package.parent.joinpath(*name.split('.')).with_suffix('.py')
