@@ -59,6 +59,14 @@ def embedding(folder: Path, given: dict) -> bytes:
     return embed(encoder, given['pictures'], 'image', store, batch_size=8, workers=1).tobytes()
 
 
+def sharding(folder: Path, given: dict) -> bytes:
+    "The same pictures as a pool of three shards, saved every four pictures."
+    from newsrepro.embedding import blocks, embed, pool_files, read_ids
+    embed(given['place']/'pictures', folder/'pool', backbone='ViT-B/32', shards=3, portion=4)
+    shards = [(read_ids(path), list(blocks(path))) for path in pool_files(folder/'pool')]
+    return b''.join('\n'.join(ids).encode() + rows.tobytes() for ids, parts in shards for rows, _ in parts)
+
+
 def training(folder: Path, given: dict) -> bytes:
     "A fine-tuning of the mini ViT-B/32 with a checkpoint after each step."
     import torch
@@ -152,7 +160,7 @@ def write_notebook(path: Path) -> None:
     path.write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=kernel)))
 
 
-WORK = {job.__name__: job for job in (embedding, training, scoring, fetch, reproduce)}
+WORK = {job.__name__: job for job in (embedding, sharding, training, scoring, fetch, reproduce)}
 
 
 # a run in a process of its own
@@ -356,7 +364,7 @@ def damage(name, folder, given, draw, seconds):
 
 
 KINDS = dict(kill=kill, full=full, readonly=readonly, twice=twice, clock=clock, memory=memory, damage=damage)
-SHARES = dict(embedding=25, training=25, scoring=20, fetch=20, reproduce=10)  # of 100 trials
+SHARES = dict(embedding=20, sharding=20, training=20, scoring=15, fetch=15, reproduce=10)  # of 100 trials
 FINE = {'was done', 'done', 'refused', 'raised, saying why', 'killed', 'nothing there'}
 
 
@@ -412,7 +420,7 @@ def prepared(names: list[str]):
         shutil.rmtree(place, ignore_errors=True)
 
 
-MODULES = dict(embedding='models.store', training='methods.fine_tune', scoring='models.single_stream',
+MODULES = dict(embedding='models.store', sharding='embedding', training='methods.fine_tune', scoring='models.single_stream',
                fetch='data.fetch', reproduce='study.reproduce')
 
 

@@ -34,7 +34,7 @@ def wait(device):
 
 def bare_product(q, c, device):
     "The matrix product in blocks of the usual size, nothing done with it."
-    rows, columns = block_sizes(device, 0, 0)
+    rows, columns = (1024, 4096) if device == 'cpu' else block_sizes(device, 0, 0)  # the fastest on a CPU
     q, c = torch.from_numpy(q).to(device), torch.from_numpy(c).to(device)
     room = torch.empty(rows*columns, device=device)
     for i in range(0, len(q), rows):

@@ -10,11 +10,12 @@ __all__ = ['app', 'JSON', 'Version', 'Profile', 'Data', 'Device', 'Only', 'Jobs'
            'Short', 'Evaluated', 'Metric', 'Runs', 'Fused', 'Constant', 'Kept', 'Articles', 'Images', 'RematchOut',
            'Method', 'Backbones', 'Top', 'Depth', 'Translator', 'Selection', 'Train', 'Known', 'OneSet', 'OnePart',
            'Unique', 'Submission', 'HTML', 'Plan', 'Finished', 'Moved', 'GalleryOut', 'Listed', 'GalleryPlan',
-           'Pictures', 'PoolOut', 'OneBackbone', 'Shards', 'Shard', 'Dtype', 'Portion', 'Engine', 'Workers', 'fail',
-           'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table', 'newsrepro', 'reproduce',
-           'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows', 'check_data', 'fetch_progress',
-           'shared_lines', 'print_fetched', 'fetch_images', 'measured_table', 'evaluate', 'compared_lines', 'compare',
-           'fuse', 'rematch_lines', 'print_rematched', 'rematch', 'print_gallery', 'gallery', 'embedded_lines', 'embed']
+           'Pictures', 'PoolOut', 'OneBackbone', 'Shards', 'Shard', 'Dtype', 'Portion', 'Engine', 'Workers',
+           'SearchOut', 'PoolMethod', 'fail', 'run', 'main', 'console', 'print_json', 'print_lines', 'simple_table',
+           'newsrepro', 'reproduce', 'print_verified', 'verify', 'print_notebook', 'list_notebooks', 'count_rows',
+           'check_data', 'fetch_progress', 'shared_lines', 'print_fetched', 'fetch_images', 'measured_table',
+           'evaluate', 'compared_lines', 'compare', 'fuse', 'rematch_lines', 'print_rematched', 'rematch',
+           'print_gallery', 'gallery', 'embedded_lines', 'embed', 'search']
 
 # %% ../nbs/30_cli.ipynb #imports
 import json, os, sys
@@ -501,8 +502,10 @@ def rematch_lines(
     most: int = 10,  # of what was left out that are named
 ) -> Iterator[str]:
     "What was matched with what, what was left out, what is worth knowing."
-    counts = f"{found['articles']} articles, {found['pictures']} pictures"
-    yield f"{counts}; {found['to_translate']} articles to translate; {len(found['left_out'])} left out"
+    counted = lambda what, n: f"{n:,} {what}{'s'*(n != 1)}"
+    counts = f"{counted('article', found['articles'])}, {counted('picture', found['pictures'])}"
+    translated = counted('article', found['to_translate'])
+    yield f"{counts}; {translated} to translate; {len(found['left_out'])} left out"
     for one in found['left_out'][:most]: yield f"- {one['what']} {one['name']}: {one['reason']}"
     if (more := len(found['left_out']) - most) > 0: yield f'- and {more} more'
     yield from found['notes']
@@ -671,3 +674,25 @@ def embed(
     from newsrepro.embedding import embed
     found = embed(**given)
     print_json(found) if as_json else print_lines(embedded_lines(found), console())
+
+# %% ../nbs/30_cli.ipynb #search-command
+Pool = Annotated[Path, typer.Argument(metavar='POOL', help='A folder that newsrepro embed wrote; all of its '
+                                      'shards are needed, the pictures are not.')]
+SearchOut = Annotated[Path, _option('Where lists go; nothing that search did not write is replaced.',
+                                    metavar='DIR')]
+PoolMethod = Annotated[str, _option('clip or dual-softmax, which puts all articles to all pictures.')]
+
+@app.command()
+def search(
+    articles: Articles, pool: Pool, out: SearchOut, method: PoolMethod = 'clip', weights: Weights = '',
+    device: Device = 'auto', top: Top = 100, translator: Translator = 'profile',
+    selection: Selection = 'full', truth: Known = None, dataset: OneSet = None, split: OnePart = None,
+    as_json: JSON = False,
+) -> None:
+    """Rank a pool that embed wrote for your own articles, shard by shard.
+
+    Articles are encoded by the pool's own model; what is written is as of rematch."""
+    given = {name: value for name, value in locals().items() if name != 'as_json'}
+    from newsrepro.searching import search
+    found = search(**given)
+    print_json(found) if as_json else print_rematched(found)

@@ -377,7 +377,7 @@ def embed_shard(
 def claim(
     out: Path,  # folder of the pool
     images: Path,  # what is read
-    asked: dict,  # shards, model, encoder, dtype
+    asked: dict,  # shards, model, encoder, dtype and so on
 ) -> None:
     "Say what the folder is to hold; raises `InputError` where it holds anything else."
     if out.exists() and not out.is_dir(): raise InputError(f'{out}: a file; --out names a folder')
@@ -387,7 +387,7 @@ def claim(
     there = read_json(out/'pool.json') or {}  # read after the listing: another job may just have written it
     if seen and there.get('made_by') != MADE_BY:
         raise InputError(f'{out}: holds files that embed did not write; name another folder')
-    differing = [name for name in asked if there and there.get(name) != asked[name]]
+    differing = [name for name in asked if there.get(name, asked[name]) != asked[name]]
     if differing:
         said = ', '.join(f'{name} {there.get(name)}' for name in differing)
         raise InputError(f'{out}: a pool with {said}; name another folder, or ask for the same')
@@ -508,7 +508,8 @@ def embed(
     source = find_source(request.images)
     check_shards(source, shard, shards)
     encoder = request.encoder()
-    asked = dict(shards=shards, model=encoder.label, encoder=encoder.key, dtype=dtype)
+    asked = dict(shards=shards, model=encoder.label, encoder=encoder.key, dtype=dtype, backbone=backbone,
+                 profile=profile)
     claim(request.out, request.images, asked)
     wanted = range(shards) if shard is None else [shard]
     if engine == 'ray': made = by_ray(request, wanted, workers)

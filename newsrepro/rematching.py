@@ -6,13 +6,14 @@
 __all__ = ['ARTICLE_COLUMNS', 'PICTURE_COLUMNS', 'RANKED_BY', 'METHODS', 'DEFAULT_BACKBONE', 'MADE_BY', 'OWN_FILES', 'THUMB',
            'FRAME', 'MINI_NOTE', 'json_lines', 'any_table', 'named_columns', 'check_ids', 'read_articles',
            'files_below', 'readable_name', 'why_no_picture', 'mark_of', 'picture_ids', 'list_pictures', 'in_tie_order',
-           'inspect_pictures', 'find_named', 'Material', 'truth_of', 'notes_of', 'read_material', 'is_multilingual',
-           'texts_for', 'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'kind_of', 'backbones_of',
-           'check_request', 'check_sizes', 'reads_german', 'translates', 'german_articles', 'models_for', 'work_for',
-           'Features', 'features_of', 'rankings_of', 'measures_of', 'training_articles', 'txv_features', 'Match',
-           'match', 'check_out', 'claim', 'clear', 'named_lists', 'write_lines', 'write_tables', 'for_all',
-           'write_thumbs', 'page_data', 'write_page', 'file_name', 'check_submission', 'write_submission', 'notes_on',
-           'facts_of', 'prepare', 'write_all', 'command_of', 'write_settings', 'rematch']
+           'inspect_pictures', 'find_named', 'Material', 'truth_of', 'notes_of', 'without_words', 'read_material',
+           'is_multilingual', 'texts_for', 'reciprocal_rank_fusion', 'unique_first', 'rerank', 'Request', 'kind_of',
+           'backbones_of', 'check_request', 'check_sizes', 'reads_german', 'translates', 'german_articles',
+           'models_for', 'work_for', 'Features', 'features_of', 'rankings_of', 'measures_of', 'training_articles',
+           'txv_features', 'Match', 'translation_for', 'match', 'check_out', 'claim', 'clear', 'named_lists',
+           'write_lines', 'write_tables', 'for_all', 'write_thumbs', 'page_data', 'write_page', 'file_name',
+           'check_submission', 'write_submission', 'notes_on', 'facts_of', 'prepare', 'write_all', 'command_of',
+           'write_settings', 'rematch']
 
 # %% ../nbs/40_rematch.ipynb #imports
 import csv, hashlib, json, os, re, shlex, sys
@@ -312,6 +313,13 @@ def notes_of(
     said = 'articles whose picture is not in the pool, which counts as not found'
     if absent: yield f'{said}: {absent} of {len(truth)}'
 
+# %% ../nbs/40_rematch.ipynb #without-words
+def without_words(
+    articles: pd.DataFrame,  # title, text
+) -> pd.Series:  # of bool
+    "Which articles say nothing."
+    return (articles.title.str.strip() == '') & (articles.text.str.strip() == '')
+
 # %% ../nbs/40_rematch.ipynb #read-material
 def _own_pictures(folder: Path, dataset: str | None, split: str | None) -> pd.DataFrame:
     images = read_collection(folder, split_plain=False).subset(dataset, split).images
@@ -339,7 +347,7 @@ def read_material(
     texts = read_articles(articles, dataset, split)
     same = images.is_dir() and articles.is_dir() and images.resolve() == articles.resolve()
     found, others = _picture_files(images, same, dataset, split)
-    empty = (texts.title.str.strip() == '') & (texts.text.str.strip() == '')
+    empty = without_words(texts)
     left = _left_out(texts[empty], found[found.status != 'ok'], others)
     usable = found[found.status == 'ok'].reset_index(drop=True)
     if empty.all(): raise InputError(f'{articles}: no article has a title or a text')
@@ -679,10 +687,20 @@ def _matcher(request: Request):
     from newsrepro.models.single_stream import load_vilt
     return load_vilt(model_name('vilt', 'profile', request.profile), request.weights, request.device)
 
-def _translator(request: Request, articles: pd.DataFrame):
-    if not translates(request) or not (request.train or german_articles(request, articles)): return None
-    memory = TranslationMemory(cache_dir()/'translations.sqlite')
-    return find_translator(request.translator, request.profile, memory, request.weights, request.device)
+# %% ../nbs/40_rematch.ipynb #translation
+def translation_for(
+    request: Request,  # that is asked
+    articles: pd.DataFrame,  # with their language
+) -> tuple[Callable, str]:  # articles -> articles in English; label of the translator, '' for none
+    "How articles are put into English."
+    translator = None
+    if translates(request) and (request.train or german_articles(request, articles)):
+        memory = TranslationMemory(cache_dir()/'translations.sqlite')
+        translator = find_translator(request.translator, request.profile, memory, request.weights,
+                                     request.device)
+    translate = partial(english, translator=translator, provided=request.translator != 'none',
+                        progress=sys.stderr.isatty())
+    return translate, translator.label if translator else ''
 
 # %% ../nbs/40_rematch.ipynb #match-all
 def match(
@@ -690,9 +708,7 @@ def match(
     material: Material,  # articles with their language
 ) -> Match:
     "Translate, encode, rank."
-    translator = _translator(request, material.articles)
-    translate = partial(english, translator=translator, provided=request.translator != 'none',
-                        progress=sys.stderr.isatty())
+    translate, translator = translation_for(request, material.articles)
     paths = material.pictures.path.tolist()
     def features(name):
         translated = None if reads_german(name, request.profile) else translate
@@ -704,7 +720,7 @@ def match(
     texts = texts_for(material.articles, request.selection, translate) if matcher else ()
     lists = rankings_of(request, found, texts, paths, matcher)
     labels = [one.label for one in [*found, matcher] if one]
-    return Match(*lists, tuple(labels), translator.label if translator else '')
+    return Match(*lists, tuple(labels), translator)
 
 # %% ../nbs/40_rematch.ipynb #check-out
 MADE_BY = 'newsrepro rematch'
@@ -712,30 +728,33 @@ MADE_BY = 'newsrepro rematch'
 def check_out(
     out: Path,  # folder to be written
     images: Path,  # what is read
+    made_by: str = MADE_BY,  # the command that writes
 ) -> None:
     "Raise `InputError` unless `out` is absent, empty or of an earlier call, and outside the pictures."
     if out.exists() and not out.is_dir(): raise InputError(f'{out}: a file; --out names a folder')
     if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
         raise InputError(f'{out}: lies among the pictures of {images}; name a folder outside')
     made = read_json(out/'settings.json')
-    ours = isinstance(made, dict) and made.get('made_by') == MADE_BY
+    ours = isinstance(made, dict) and made.get('made_by') == made_by
     if out.is_dir() and any(out.iterdir()) and not ours:
-        raise InputError(f'{out}: holds files that rematch did not write; name another folder')
+        raise InputError(f'{out}: holds files that {made_by} did not write; name another folder')
 
 # %% ../nbs/40_rematch.ipynb #clear
 OWN_FILES = ('run.tsv', 'run.jsonl', 'images.csv', 'truth.csv', 'metrics.csv', 'left-out.csv', 'index.html')
 
 def claim(
     out: Path,  # of `check_out`
+    made_by: str = MADE_BY,  # the command that writes
 ) -> None:
     "Take the folder, so that one that cannot be written is refused early; what an earlier call wrote stays."
-    write_json(out/'settings.json', read_json(out/'settings.json') or dict(made_by=MADE_BY))
+    write_json(out/'settings.json', read_json(out/'settings.json') or dict(made_by=made_by))
 
 def clear(
     out: Path,  # of `claim`
+    made_by: str = MADE_BY,  # the command that writes
 ) -> None:
     "Take away what an earlier call wrote; thumbnails stay until the page is written."
-    write_json(out/'settings.json', dict(made_by=MADE_BY, state='not finished'))
+    write_json(out/'settings.json', dict(made_by=made_by, state='not finished'))
     for name in OWN_FILES: (out/name).unlink(missing_ok=True)
 
 # %% ../nbs/40_rematch.ipynb #named-lists
@@ -762,18 +781,20 @@ def write_lines(
     for article, image in material.truth.items(): facts[article]['truth'] = image
     write_scores(path, lists, ranked_by, article_facts=facts, image_facts=files)
 
-# %% ../nbs/40_rematch.ipynb #write-tables
+# %% ../nbs/40_rematch.ipynb #write-csv
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     with atomic_path(path) as part:
         table.to_csv(part, index=False, lineterminator='\n', encoding='utf-8', quoting=csv.QUOTE_MINIMAL)
 
+# %% ../nbs/40_rematch.ipynb #write-tables
 def write_tables(
     out: Path,  # folder
     found: Match,  # of `match`
     material: Material,  # of the same call
     ranked_by: str,  # what its scores are
+    whole: bool,  # whether lists hold the whole pool
 ) -> pd.DataFrame:  # of `measures_of`, empty where no truth is known
-    "Write run, pool, what was left out, and measures where truth is known."
+    "Write run, pictures, what was left out, and measures where truth is known."
     lists, pictures = named_lists(found, material), material.pictures
     write_run(out/'run.tsv', lists)
     write_lines(out/'run.jsonl', lists, material, ranked_by)
@@ -781,7 +802,7 @@ def write_tables(
     _write_csv(out/'images.csv', pool)
     if len(material.left_out): _write_csv(out/'left-out.csv', material.left_out)
     if not material.truth: return pd.DataFrame()
-    measures = measures_of(lists, material.truth, whole=found.places.shape[1] == len(pool))
+    measures = measures_of(lists, material.truth, whole)
     _write_csv(out/'metrics.csv', measures)
     _write_csv(out/'truth.csv', pd.DataFrame(material.truth.items(), columns=['article_id', 'image_id']))
     return measures
@@ -963,7 +984,8 @@ def write_all(
     html: bool,  # write the page, too
 ) -> dict:  # facts with measures and notes
     "Write everything into `out`, settings last."
-    measures = write_tables(out, found, material, RANKED_BY[request.method])
+    whole = found.places.shape[1] == len(material.pictures)
+    measures = write_tables(out, found, material, RANKED_BY[request.method], whole)
     facts = facts | dict(checkpoints=list(found.checkpoints),
                          translator=found.translator or request.translator,
                          notes=notes_on(request, material, found), newsrepro=source_commit(),
@@ -974,13 +996,15 @@ def write_all(
         if not any((out/'thumbs').iterdir()): (out/'thumbs').rmdir()
     return facts
 
-# %% ../nbs/40_rematch.ipynb #write-settings
+# %% ../nbs/40_rematch.ipynb #command-of
 def command_of(
-    given: Mapping,  # arguments of `rematch`, those that have defaults may lack
+    given: Mapping,  # arguments of `function`, those that have defaults may lack
+    function: Callable,  # the command: what is read of, what is read, --out, options
 ) -> str:
     "The line that does the same, to be pasted into a shell."
-    usual = {name: one.default for name, one in signature(rematch).parameters.items()}
-    words = ['newsrepro', 'rematch', str(given['articles']), str(given['images']), '--out', str(given['out'])]
+    usual = {name: one.default for name, one in signature(function).parameters.items()}
+    texts, images, out = map(str, list(given.values())[:3])
+    words = ['newsrepro', function.__name__, texts, images, '--out', out]
     for name, value in list(given.items())[3:]:
         option = f"--{name.replace('_', '-')}"
         if value == usual[name]: continue
@@ -989,16 +1013,19 @@ def command_of(
             for one in value if isinstance(value, (list, tuple)) else [value]: words += [option, str(one)]
     return shlex.join(words)
 
+# %% ../nbs/40_rematch.ipynb #write-settings
 def write_settings(
     out: Path,  # folder
-    given: Mapping,  # every argument of `rematch`
+    given: Mapping,  # every argument of `function`
     facts: Mapping,  # of `write_all`
+    function: Callable,  # the command
 ) -> None:
     "Write what made the folder: arguments, versions, checkpoints, counts."
     versions = {name: package_version(name) for name in ('newsrepro', 'torch', 'open_clip_torch', 'pillow')}
     plain = lambda value: value is None or isinstance(value, (int, str, list, tuple))
     asked = {name: value if plain(value) else str(value) for name, value in given.items()}
-    made = dict(made_by=MADE_BY, command=command_of(given), asked=asked, versions=versions)
+    made = dict(made_by=f'newsrepro {function.__name__}', command=command_of(given, function), asked=asked,
+                versions=versions)
     write_json(out/'settings.json', made | facts)
 
 # %% ../nbs/40_rematch.ipynb #rematch
@@ -1043,5 +1070,5 @@ def rematch(
     clear(out)
     facts = write_all(out, request, material, found, facts, html)
     if submission: write_submission(Path(submission), found, material)
-    write_settings(out, given, facts)
+    write_settings(out, given, facts, rematch)
     return facts

@@ -142,14 +142,24 @@ def read_translations(path: str | Path  # CSV, TSV or Parquet with the columns `
     return dict(zip(table.text, table.translation))
 
 # %% ../../nbs/text/01_language.ipynb #load-marian
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
 def load_marian(folder: Path  # as `find_model` returns it
                ) -> tuple:  # model in evaluation mode, tokenizer
     "A Marian model, complete or refused by `InputError`."
     from transformers import MarianMTModel, MarianTokenizer
     for path in folder.iterdir(): check_digest(path, hub_digest(path))
     try:
-        model, report = MarianMTModel.from_pretrained(folder, local_files_only=True, output_loading_info=True,
-                                                      dtype='float32')
+        with _without_bar():  # of the half second in which weights are put in place
+            model, report = MarianMTModel.from_pretrained(folder, local_files_only=True, dtype='float32',
+                                                          output_loading_info=True)
         tokenizer = MarianTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         said = ' '.join(str(error).split())[:160]
