@@ -364,7 +364,7 @@ def damage(name, folder, given, draw, seconds):
 
 
 KINDS = dict(kill=kill, full=full, readonly=readonly, twice=twice, clock=clock, memory=memory, damage=damage)
-SHARES = dict(embedding=20, sharding=20, training=20, scoring=15, fetch=15, reproduce=10)  # of 100 trials
+SHARES = dict(embedding=20, sharding=20, training=20, scoring=15, fetch=15, reproduce=10)  # of 100
 FINE = {'was done', 'done', 'refused', 'raised, saying why', 'killed', 'nothing there'}
 
 
@@ -420,8 +420,8 @@ def prepared(names: list[str]):
         shutil.rmtree(place, ignore_errors=True)
 
 
-MODULES = dict(embedding='models.store', sharding='embedding', training='methods.fine_tune', scoring='models.single_stream',
-               fetch='data.fetch', reproduce='study.reproduce')
+MODULES = dict(embedding='models.store', sharding='embedding', training='methods.fine_tune',
+               scoring='models.single_stream', fetch='data.fetch', reproduce='study.reproduce')
 
 
 def main() -> int:
