@@ -79,7 +79,7 @@ def training(folder: Path, given: dict) -> bytes:
         tokens, ids = torch.zeros(n, 77, dtype=torch.int64), tuple(map(str, range(n)))
         tokens[:, 0], tokens[:, 5] = 1598, 1599
         tokens[:, 1:5] = torch.randint(1, 1500, (n, 4), generator=draw)
-        pixels = torch.randint(0, 256, (n, 3, 60, 60), dtype=torch.uint8, generator=draw)
+        pixels = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=draw)
         return Pairs(pixels, tokens, ids, ids)
     recipe = Recipe(steps=16, batch_size=8, rate=1e-3, warmup=2, keep='loss', validate_every=4)
     start = load_encoder(find_backbone('ViT-B/32', 'mini'))
