@@ -29,6 +29,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from growth import CURVES, OURS, PEERS
+from newsrepro.core.base import free_memory
 
 LEAST = 120  # seconds that a point may take, whatever the budget
 HERE = Path(__file__).resolve().parent
@@ -89,7 +90,7 @@ def next_value(own: list[dict], what: str) -> float:
 
 def fits(done: dict[str, list[dict]], ways: list[str], seconds: float) -> list[str]:
     "Of `ways` those that the next size leaves time and memory for; the slowest of the others goes first."
-    free = psutil.virtual_memory().available/2**20
+    free = free_memory()/2**20
     costs = {way: done[way][-1]['took'] + next_value(done[way], 'seconds') if done[way] else 0 for way in ways
              if next_value(done[way], 'megabytes') < free}
     left = sorted(costs, key=lambda way: (way != OURS, costs[way]))

@@ -25,8 +25,10 @@ WORKER_MEMORY = 6*2**30  # bytes that the largest models of a process and its ch
 
 def pytest_xdist_auto_num_workers(config):
     "As many processes as cores and memory allow, at most four; 0 runs the tests in this one."
-    memory = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
-    workers = min(4, len(os.sched_getaffinity(0)), memory//WORKER_MEMORY)
+    from joblib import cpu_count
+
+    from newsrepro.core.base import free_memory
+    workers = min(4, cpu_count(), free_memory()//WORKER_MEMORY)
     return workers if workers > 1 else 0
 
 

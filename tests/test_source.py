@@ -235,3 +235,14 @@ def test_unsafe_calls_are_found():
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: f'{path.parent.name}.{path.stem}')
 def test_checkpoints_are_read_as_data(path):
     assert unsafe_calls(path.read_text(encoding='utf-8')) == []
+
+
+LINUX_ALONE = re.compile(r'\bos\.(?:sched_\w+|eventfd\w*|memfd_create|pidfd_open|copy_file_range|splice|'
+                         r'unshare|posix_f\w+|getrandom|\w+xattr)\b|/proc/|/dev/shm')
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: f'{path.parent.name}.{path.stem}')
+def test_nothing_is_called_that_linux_alone_has(path):
+    "Who works on a Mac has the same Python, but less of `os`."
+    assert LINUX_ALONE.findall('os.sched_getaffinity(0)')
+    assert LINUX_ALONE.findall(path.read_text(encoding='utf-8')) == []

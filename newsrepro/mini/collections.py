@@ -786,12 +786,12 @@ def _made_by(root: Path) -> dict | None:
     return json.loads((root/MARKER).read_text(encoding='utf-8')) if (root/MARKER).is_file() else None
 
 # %% ../../nbs/mini/08_collections.ipynb #draw-all
-def _draw_all(jobs: list[tuple], workers: int) -> None:
+def _draw_all(jobs: list[tuple], workers: int | None = None) -> None:
     for folder in {job[0].parent for job in jobs}: folder.mkdir(parents=True, exist_ok=True)
     if workers == 1: return write_pictures(jobs) and None
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
-    Parallel(n_jobs=workers)(delayed(write_pictures)(jobs[i:i+150]) for i in range(0, len(jobs), 150))
+    Parallel(n_jobs=workers or -1)(delayed(write_pictures)(jobs[i:i+150]) for i in range(0, len(jobs), 150))
     get_reusable_executor().shutdown(wait=True)
 
 # %% ../../nbs/mini/08_collections.ipynb #move
@@ -814,7 +814,7 @@ def _make_all(root: Path, world: World, seed: int, workers: int | None) -> None:
         jobs += write_portal(build/'newsimages2021', world, seed)
         for source in ('RSS', 'RT', 'TW'):
             jobs += write_set(build/'newsimages2022'/source, source, world, seed)
-        _draw_all(jobs, workers or len(os.sched_getaffinity(0)))
+        _draw_all(jobs, workers)
         (build/MARKER).write_text(json.dumps(settings, indent=1)+'\n', encoding='utf-8')
         _move(build, root, settings)
     finally: shutil.rmtree(build, ignore_errors=True)
@@ -848,7 +848,7 @@ def make_captions(root: str | Path,  # folder to make; what is there is kept as 
     root.parent.mkdir(parents=True, exist_ok=True)
     build = Path(mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
     try:
-        _draw_all(write_captions(build, World(captions=pictures), seed), len(os.sched_getaffinity(0)))
+        _draw_all(write_captions(build, World(captions=pictures), seed))
         build.chmod(0o755)
         os.rename(build, root)
     finally: shutil.rmtree(build, ignore_errors=True)

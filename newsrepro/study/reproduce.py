@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..core.base import NO_ROOM, PACKAGE, InputError, read_json, write_json
+from ..core.base import NO_ROOM, PACKAGE, InputError, free_memory, read_json, write_json
 from .cluster import THREADS, check_executor, resources_of
 from .job import child_environment, kill_tree, process_mark, tools_dir
 from .needs import (KINDS_OF_WORK, Model, Needs, Part, Rates, Requirement, asked_of_data,
@@ -168,9 +168,8 @@ def notebooks_at_once(
     if asked: return asked
     if executor != 'local': return max(1, len(needs.running))
     if profile != 'mini' or needs.device != 'cpu': return 1
-    import psutil
     from joblib import cpu_count
-    lasts = psutil.virtual_memory().available//(2500 << 20)
+    lasts = free_memory()//(2500 << 20)
     return max(1, min(cpu_count(), len(needs.running), lasts))
 
 def thread_count(
